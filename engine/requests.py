@@ -1,0 +1,185 @@
+"""What may be asked of the engine: frozen dataclasses of plain values, checked when made.
+
+A request can be pickled, written as JSON and compared. Whatever needs the model to decide (which sizes it takes,
+its default steps) is `None` here and filled in by the engine from the model's bundle.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from engine.problems import bad_request
+
+Plan = Literal["auto", "w4a4", "w4a8", "w4a16", "bf16"]
+Precision = Literal["int4", "nvfp4"]
+Rounding = Literal["nearest", "gptq"]
+NoiseKind = Literal["philox", "torch"]
+
+BUILT_IN_MODEL = "tonfa-mini"
+MAX_SEED = 2**53 - 1  # exact in JSON and in every spreadsheet
+MAX_PROMPT_CHARACTERS = 10_000
+MAX_STRENGTH = 100.0
+MAX_STEPS = 1000
+MAX_COUNT = 1000
+
+
+def _check_whole(name: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise bad_request(
+            f"{name} must be a whole number from {low} to {high}, not {value!r}.", f"Choose another {name}."
+        )
+
+
+def _check_number(name: str, value: float, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise bad_request(f"{name} must be a number, not {value!r}.", f"Choose another {name}.")
+    if not low <= value <= high:
+        raise bad_request(f"{name} must be from {low:g} to {high:g}, not {value:g}.", f"Choose another {name}.")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise bad_request(f"{name} cannot be {value!r}.", f"Choose one of {', '.join(choices)}.")
+
+
+def _check_text(name: str, value: str) -> None:
+    if not isinstance(value, str) or len(value) > MAX_PROMPT_CHARACTERS:
+        raise bad_request(f"The {name} is longer than {MAX_PROMPT_CHARACTERS} characters.", "Make it shorter.")
+    if "\0" in value or any(0xD800 <= ord(character) <= 0xDFFF for character in value):
+        raise bad_request(f"The {name} contains characters that are not text.", "Type it again.")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraChoice:
+    """One LoRA in the stack: a file path, or the name of one that the model's bundle brings."""
+
+    file: str
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.file, str) or not self.file.strip():
+            raise bad_request("A LoRA needs a file.", "Choose a .safetensors file.")
+        _check_number("LoRA strength", self.strength, -MAX_STRENGTH, MAX_STRENGTH)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRequest:
+    """Pictures from a prompt. `None` means: what the model's bundle says.
+
+    width, height in pixels; image i of `count` uses seed + i. `out` is the PNG to write ("name.png"; with count > 1
+    the seed is put before the suffix); "" writes no file.
+    """
+
+    prompt: str
+    negative: str = ""
+    model: str = BUILT_IN_MODEL
+    loras: tuple[LoraChoice, ...] = ()
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    seed: int = 0
+    count: int = 1
+    guidance: float | None = None  # the number a distilled network takes as input
+    cfg: float | None = None  # the weight between two predictions; 1 = one prediction
+    plan: Plan = "auto"
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+    threads: int | None = None
+    noise: NoiseKind = "philox"
+    previews: bool = True
+    out: str = ""
+
+    def __post_init__(self) -> None:
+        _check_text("prompt", self.prompt)
+        _check_text("negative prompt", self.negative)
+        if not self.prompt.strip():
+            raise bad_request("The prompt is empty.", "Type what you would like to see.")
+        if not self.model.strip():
+            raise bad_request("No model is chosen.", "Choose a model.")
+        for name, value in (("width", self.width), ("height", self.height)):
+            if value is not None:
+                _check_whole(name, value, 16, 8192)
+        if self.steps is not None:
+            _check_whole("steps", self.steps, 1, MAX_STEPS)
+        _check_whole("seed", self.seed, 0, MAX_SEED)
+        _check_whole("count", self.count, 1, MAX_COUNT)
+        if self.seed + self.count - 1 > MAX_SEED:
+            raise bad_request(f"The last seed would be above {MAX_SEED}.", "Choose a smaller seed.")
+        if self.guidance is not None:
+            _check_number("guidance", self.guidance, 0.0, 100.0)
+        if self.cfg is not None:
+            _check_number("cfg", self.cfg, 1.0, 100.0)
+        if self.threads is not None:
+            _check_whole("threads", self.threads, 1, 1024)
+        if len(self.loras) > 64:
+            raise bad_request(f"{len(self.loras)} LoRAs are more than 64.", "Remove some.")
+        _check_choice("plan", self.plan, get_args(Plan))
+        _check_choice("noise", self.noise, get_args(NoiseKind))
+        kind, _, index = self.device.partition(":")
+        if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
+            raise bad_request(f"There is no device {self.device!r}.", "Choose auto, cpu or cuda:N.")
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareRequest:
+    """Load a model ahead of the first picture, so that Generate starts at once."""
+
+    model: str = BUILT_IN_MODEL
+    plan: Plan = "auto"
+    device: str = "auto"
+    threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InspectRequest:
+    """What a file is: kind, family, precision, rank per layer, keys used and ignored and why."""
+
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyRequest:
+    """Make the picture of a recipe again and compare bytes."""
+
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
+class DoctorRequest:
+    """What this computer is and what it can run."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeRequest:
+    """A 16-bit checkpoint in, a 4-bit SVDQuant checkpoint out.
+
+    `keep` holds (pattern, "bf16" | "int8") pairs for layers that stay wider; `prompts` is a text file, one a line,
+    "" takes the bundle's or none (data-free).
+    """
+
+    source: str
+    out: str
+    precision: Precision = "int4"
+    rank: int = 32
+    rounding: Rounding = "gptq"
+    smooth: bool = True
+    prompts: str = ""
+    keep: tuple[tuple[str, str], ...] = ()
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.source.strip() or not self.out.strip():
+            raise bad_request("A source file and a file to write are needed.", "Name both.")
+        _check_choice("precision", self.precision, get_args(Precision))
+        _check_choice("rounding", self.rounding, get_args(Rounding))
+        _check_whole("rank", self.rank, 0, 1024)
+        if self.rank % 16:
+            raise bad_request(f"The rank must be a multiple of 16, not {self.rank}.", "Choose 16, 32, 64 or 128.")
+        for pattern, kind in self.keep:
+            if kind not in ("bf16", "int8") or not pattern:
+                raise bad_request(f"Cannot keep {pattern!r} as {kind!r}.", "Write PATTERN=bf16 or PATTERN=int8.")
+
+
+Request = ImageRequest | PrepareRequest | InspectRequest | VerifyRequest | DoctorRequest | QuantizeRequest
