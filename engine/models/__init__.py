@@ -1,0 +1,1 @@
+"""One network a file, assembled from layers; sizes in a frozen config."""
