@@ -1,0 +1,52 @@
+"""What all tests share: devices, seeds, no screen, no network, and none of the person's own folders.
+
+Imports neither torch nor Qt: the window's tests must be able to say that the window brings no torch, and kernel tests
+run on machines without Qt.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+
+# Set before anything imports Qt or a Hugging Face library, and inherited by every process a test starts.
+os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", PYTHONPATH=str(REPO))
+_HOME = tempfile.TemporaryDirectory(prefix="tonfa-tests-")
+for _variable in ("XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_PICTURES_DIR"):
+    os.environ[_variable] = str(Path(_HOME.name, _variable.lower()))
+
+
+def _has_nvidia_card() -> bool:
+    """Whether torch sees a card; asked only when a test that needs one was chosen."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """"cpu" everywhere; "cuda" as well where there is a card. A test that takes it runs on both."""
+    return "cuda" if request.param == "gpu" else "cpu"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not _has_nvidia_card():
+        pytest.skip("needs an NVIDIA graphics card")
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """The same random numbers in every run, whatever ran before. Never the reason that torch is imported."""
+    random.seed(0)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
