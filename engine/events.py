@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from engine.problems import Problem
 
 Pixels: TypeAlias = NDArray[np.uint8]  # (H, W, 3) sRGB, on the CPU
 Json: TypeAlias = Mapping[str, Any]  # plain values only
+Fits: TypeAlias = Literal["fits", "tight", "moves", "too large"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,30 @@ class Prepared:
     device: str
     plan: str
     load_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What a request would take, told before anything is loaded. The one answer to a plan (or `Failed`).
+
+    Bytes are the highest of all stages, the model included; `free_bytes` and `total_bytes` are of the memory that
+    decides: graphics memory where there is a card, else system memory. `seconds` is what this machine needed before
+    for such a picture, scaled; None where nothing was measured yet.
+    """
+
+    host_bytes: int
+    device_bytes: int
+    free_bytes: int
+    total_bytes: int
+    seconds: float | None
+    fits: Fits
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something was settled otherwise than asked; one sentence for people. The work goes on."""
+
+    what: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,4 +129,16 @@ class Failed:
 
 
 Final = Finished | Cancelled | Failed
-Event = Loading | Prepared | ImageStarted | StepDone | ImageDone | QuantizeProgress | Finished | Cancelled | Failed
+Event = (
+    Loading
+    | Prepared
+    | Planned
+    | Notice
+    | ImageStarted
+    | StepDone
+    | ImageDone
+    | QuantizeProgress
+    | Finished
+    | Cancelled
+    | Failed
+)

@@ -1,0 +1,497 @@
+"""Where things live: sources and assets, models, pictures, caches; and which models there are.
+
+Plain values and no torch: the window lists models with it before the engine's process is up. Nothing here writes
+into the program's own folder. `TONFA_HOME` moves everything a person owns (models, pictures, caches, settings) into
+one folder; `TONFA_MODELS` adds models folders, separated as in PATH. A file `models-folders.json` in the settings
+folder, a list of paths, does the same for the window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from engine.problems import ProblemError, bad_file, bad_request, machine_cannot
+from engine.requests import BUILT_IN_MODEL
+
+APP = "Tonfa"
+BUNDLE_FILE = "bundle.json"
+BUNDLE_FORMAT = 1
+MAX_JSON_BYTES = 16 * 2**20
+MAX_JSON_DEPTH = 32
+MODEL_SUFFIXES = (".safetensors",)
+# Where ComfyUI and its relatives keep each kind of file below `models/`.
+COMFY_FOLDERS = {
+    "transformer": ("diffusion_models", "unet"),
+    "text_encoder": ("text_encoders", "clip"),
+    "vae": ("vae",),
+    "lora": ("loras",),
+}
+
+
+# ---------------------------------------------------------------------------------------------------- places
+
+
+def repository() -> Path:
+    """The folder that holds engine/, kernels_cu/ and assets/: Tonfa runs from its folder."""
+    return Path(__file__).resolve().parent.parent
+
+
+def assets() -> Path:
+    return repository() / "assets"
+
+
+def _home() -> Path | None:
+    home = os.environ.get("TONFA_HOME", "").strip()
+    return Path(home).expanduser().absolute() if home else None
+
+
+def cache() -> Path:
+    """Compiled kernels, hashes, measured times: everything that may be deleted at any time."""
+    home = _home()
+    return home / "cache" if home else platformdirs.user_cache_path(APP, appauthor=False)
+
+
+def settings() -> Path:
+    home = _home()
+    return home / "settings" if home else platformdirs.user_config_path(APP, appauthor=False)
+
+
+def logs() -> Path:
+    home = _home()
+    return home / "logs" if home else platformdirs.user_log_path(APP, appauthor=False)
+
+
+def pictures() -> Path:
+    """Where pictures go: the user's Pictures folder, as the system names it."""
+    home = _home()
+    return home / "pictures" if home else platformdirs.user_pictures_path() / APP
+
+
+def user_models() -> Path:
+    home = _home()
+    return home / "models" if home else platformdirs.user_data_path(APP, appauthor=False) / "models"
+
+
+def models_folders() -> list[Path]:
+    """Folders that are searched for models and LoRAs, first wins: the user's own, added ones, the built-in."""
+    added = [
+        Path(part).expanduser() for part in os.environ.get("TONFA_MODELS", "").split(os.pathsep) if part.strip()
+    ]
+    listed = settings() / "models-folders.json"
+    if listed.is_file():
+        try:
+            content = read_json(listed)
+        except ProblemError:
+            content = []  # a broken settings file must not hide the built-in model
+        if isinstance(content, list):
+            added += [Path(part).expanduser() for part in content if isinstance(part, str) and part.strip()]
+    return list(dict.fromkeys(folder.absolute() for folder in [*added, user_models(), assets()]))
+
+
+# --------------------------------------------------------------------------------------------------- pictures
+
+
+def todays_pictures(today: date | None = None) -> Path:
+    """Pictures/Tonfa/YYYY-MM-DD, made if missing: what a request's `out` is when the window saves."""
+    folder = pictures() / (today or date.today()).isoformat()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise machine_cannot(
+            f"The pictures folder {folder} cannot be made.", "Choose another folder for pictures.", str(error)
+        ) from None
+    return folder
+
+
+def next_picture(folder: Path, seed: int) -> Path:
+    """The next free NNNN-seed.png in `folder`; numbers go on from the highest that is there."""
+    numbers = [int(match[1]) for name in _names(folder) if (match := re.match(r"(\d{4,9})-", name))]
+    return folder / f"{max(numbers, default=0) + 1:04d}-{seed}.png"
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in os.scandir(folder))
+    except OSError:
+        return []
+
+
+# ------------------------------------------------------------------------------------------------ small files
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that may be damaged or hostile.
+
+    Raises ProblemError for anything but JSON of at most 16 MB, nested at most 32 deep, without duplicate keys.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise bad_file(f"{path.name} is larger than 16 MB.", "Choose another file.")
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise bad_file(f"{path.name} cannot be read.", "Check the file.", f"{path}: {error}") from None
+    except UnicodeDecodeError as error:
+        raise bad_file(f"{path.name} is damaged: it is not text.", "Download it again.", str(error)) from None
+    return parse_json(text, path.name)
+
+
+def parse_json(text: str, name: str) -> Any:
+    """Parse JSON text from outside; `name` is what the problem calls it."""
+    depth = deepest = 0
+    for character in re.sub(r'"(?:[^"\\]|\\.)*"', "", text):  # brackets inside strings do not nest
+        depth += (character in "[{") - (character in "]}")
+        deepest = max(deepest, depth)
+        if deepest > MAX_JSON_DEPTH:
+            raise bad_file(f"{name} is nested more than {MAX_JSON_DEPTH} deep.", "Choose another file.")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key appears twice")
+        return found
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise bad_file(f"{name} is damaged: it is not valid JSON.", "Download it again.", str(error)) from None
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is there complete or not at all: a temporary name, then one rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise machine_cannot(
+            f"{path.name} cannot be written to {path.parent}.",
+            "Check that the folder may be written to and that the disk is not full.",
+            str(error),
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 in hex; kept in the cache by (path, size, time), since model files have gigabytes."""
+    stat = path.stat()
+    known_file = cache() / "hashes.json"
+    key = f"{path.absolute()}|{stat.st_size}|{stat.st_mtime_ns}"
+    known: dict[str, str] = {}
+    try:
+        content = read_json(known_file) if known_file.is_file() else {}
+        known = {k: v for k, v in content.items() if isinstance(v, str)} if isinstance(content, dict) else {}
+    except ProblemError:
+        pass  # a damaged cache is made again
+    if key not in known:
+        with path.open("rb") as file:
+            known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        kept = dict(list(known.items())[-1000:])
+        try:
+            known_file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(known_file, json.dumps(kept).encode())
+        except (OSError, ProblemError):
+            pass  # without a cache it is only slower next time
+    return known[key]
+
+
+# ------------------------------------------------------------------------------------------------------ models
+
+
+@dataclass(frozen=True, slots=True)
+class LoraCard:
+    """A LoRA that a model brings or that lies in a models folder. `file` goes into `LoraChoice.file`."""
+
+    name: str
+    file: str  # absolute path
+    strength: float = 1.0
+    words: tuple[str, ...] = ()  # trigger words
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """One model as a list shows it. `model` goes into `ImageRequest.model`.
+
+    With `problem` set ("what is wrong, what to do") the model cannot be used and the other fields may be defaults.
+    """
+
+    model: str
+    name: str
+    folder: str
+    family: str = ""
+    version: str = ""
+    licence: str = ""
+    about: str = ""
+    file_bytes: int = 0
+    default_size: tuple[int, int] = (1024, 1024)  # width, height
+    presets: tuple[tuple[str, int, int], ...] = ()  # name, width, height
+    size_step: int = 16
+    size_min: int = 16
+    size_max: int = 8192
+    steps: int = 20
+    guidance: float | None = None  # None: the network takes no such number
+    cfg: float = 1.0
+    default_cfg: float = 1.0  # what a negative prompt with cfg 1 takes
+    loras: tuple[LoraCard, ...] = ()
+    words: tuple[str, ...] = ()  # what the model knows; empty = not told
+    suggestions: tuple[str, ...] = ()  # prompts to start with
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class JsonFields:
+    """A JSON object from outside. Reads typed fields of a JSON object and says which one is wrong."""
+
+    content: dict[str, Any]
+    file: str
+    path: str = ""
+
+    def _wrong(self, key: str, expected: str) -> ProblemError:
+        got = self.content.get(key)
+        return bad_file(
+            f"{self.file} is damaged: {self.path}{key} should be {expected}, not {str(got)[:60]!r}.",
+            "Download the model again.",
+        )
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self.content.get(key, default)
+        if not isinstance(value, str) or len(value) > 10_000:
+            raise self._wrong(key, "text")
+        return value
+
+    def number(self, key: str, low: float, high: float, default: float | None = None) -> float:
+        value = self.content.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise self._wrong(key, f"a number from {low:g} to {high:g}")
+        return value
+
+    def whole(self, key: str, low: int, high: int, default: int | None = None) -> int:
+        value = self.number(key, low, high, default)
+        if not isinstance(value, int):
+            raise self._wrong(key, "a whole number")
+        return value
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        value = self.content.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise self._wrong(key, "a list of texts")
+        return tuple(value)
+
+    def items(self, key: str) -> list[Any]:
+        value = self.content.get(key, [])
+        if not isinstance(value, list):
+            raise self._wrong(key, "a list")
+        return value
+
+    def inner(self, key: str) -> JsonFields:
+        value = self.content.get(key)
+        if not isinstance(value, dict):
+            raise self._wrong(key, "an object")
+        return JsonFields(value, self.file, f"{self.path}{key}.")
+
+
+def bundle_fields(folder: Path) -> JsonFields:
+    """The checked top level of a bundle's JSON; `engine.checkpoints.bundle` reads the rest from it."""
+    content = read_json(folder / BUNDLE_FILE)
+    if not isinstance(content, dict):
+        raise bad_file(f"{folder.name}/{BUNDLE_FILE} is damaged: it is not an object.", "Download the model again.")
+    fields = JsonFields(content, f"{folder.name}/{BUNDLE_FILE}")
+    version = fields.whole("format", 1, 1_000_000)
+    if version != BUNDLE_FORMAT:
+        raise bad_file(f"The model {folder.name} was made for a newer Tonfa (format {version}).", "Update Tonfa.")
+    return fields
+
+
+def part_path(folder: Path, path: str, file: str) -> Path:
+    """A part's file: below the bundle's folder, or an absolute path (a ComfyUI tree is read in place)."""
+    if not path or "\0" in path:
+        raise bad_file(f"{file} is damaged: a part has no path.", "Download the model again.")
+    if Path(path).is_absolute():
+        return Path(path)
+    whole = Path(os.path.normpath(folder / path))
+    if not whole.is_relative_to(os.path.normpath(folder)):
+        raise bad_file(f"{file} names {path!r}, which is outside its folder.", "Use another model.")
+    return whole
+
+
+def read_card(folder: Path) -> ModelCard:
+    """The card of a bundle. Raises ProblemError where the JSON is wrong or a part is missing."""
+    fields = bundle_fields(folder)
+    sizes, defaults = fields.inner("sizes"), fields.inner("defaults")
+    step = sizes.whole("step", 1, 1024)
+    smallest = sizes.whole("min", 1, 65536)
+    largest = sizes.whole("max", smallest, 65536)
+    presets = []
+    for preset in sizes.items("presets"):
+        if not (isinstance(preset, list) and len(preset) == 3 and isinstance(preset[0], str)):
+            raise bad_file(f"{fields.file} is damaged: a size preset is wrong.", "Download the model again.")
+        presets.append((preset[0], *_size(preset[1:], smallest, largest, fields.file)))
+    words, suggestions = _vocabulary(folder, fields)
+    has_guidance = defaults.content.get("guidance") is not None
+    return ModelCard(
+        model=BUILT_IN_MODEL if folder == assets() / BUILT_IN_MODEL else str(folder),
+        name=fields.text("name"),
+        folder=str(folder),
+        family=fields.text("family"),
+        version=fields.text("version", ""),
+        licence=fields.text("licence", ""),
+        about=fields.text("about", ""),
+        file_bytes=sum(path.stat().st_size for path in _parts(folder, fields)),
+        default_size=_size(sizes.items("default"), smallest, largest, fields.file),
+        presets=tuple(presets),
+        size_step=step,
+        size_min=smallest,
+        size_max=largest,
+        steps=defaults.whole("steps", 1, 1000),
+        guidance=defaults.number("guidance", 0, 100) if has_guidance else None,
+        cfg=defaults.number("cfg", 1, 100, 1.0),
+        default_cfg=defaults.number("default_cfg", 1, 100, 1.0),
+        loras=_bundle_loras(folder, fields),
+        words=words,
+        suggestions=suggestions,
+    )
+
+
+def _size(value: Any, smallest: int, largest: int, file: str) -> tuple[int, int]:
+    if not (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(type(one) is int and smallest <= one <= largest for one in value)
+    ):
+        raise bad_file(
+            f"{file} is damaged: a size should be two numbers from {smallest} to {largest}, not {str(value)[:60]}.",
+            "Download the model again.",
+        )
+    return value[0], value[1]
+
+
+def _parts(folder: Path, fields: JsonFields) -> list[Path]:
+    """All part files, each once; missing ones are a problem that names the first."""
+    parts = fields.inner("parts")
+    paths = []
+    for role in parts.content:
+        path = part_path(folder, parts.inner(role).text("path"), fields.file)
+        if not path.is_file():
+            raise bad_file(
+                f"The file {path.name} of the model {folder.name} is missing.", "Download the model again."
+            )
+        paths.append(path)
+    return list(dict.fromkeys(paths))
+
+
+def _bundle_loras(folder: Path, fields: JsonFields) -> tuple[LoraCard, ...]:
+    cards = []
+    for index, item in enumerate(fields.items("loras")):
+        if not isinstance(item, dict):
+            raise bad_file(f"{fields.file} is damaged: a LoRA is not an object.", "Download the model again.")
+        one = JsonFields(item, fields.file, f"loras.{index}.")
+        path = part_path(folder, one.text("path"), fields.file)
+        cards.append(
+            LoraCard(one.text("name"), str(path), one.number("strength", -100, 100, 1.0), one.texts("words"))
+        )
+    return tuple(cards)
+
+
+def _vocabulary(folder: Path, fields: JsonFields) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    parts = fields.inner("parts")
+    if "vocabulary" not in parts.content:
+        return (), ()
+    path = part_path(folder, parts.inner("vocabulary").text("path"), fields.file)
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise bad_file(f"{path.name} is damaged: it is not an object.", "Download the model again.")
+    one = JsonFields(content, path.name)
+    return one.texts("words"), one.texts("suggestions")
+
+
+def _bundle_folders() -> Iterator[Path]:
+    for root in models_folders():
+        for folder in [root, *(root / name for name in _names(root))]:
+            if (folder / BUNDLE_FILE).is_file():
+                yield folder
+
+
+def list_models() -> list[ModelCard]:
+    """Every bundle in the models folders, the built-in first, then by name; damaged ones carry their problem."""
+    cards: list[ModelCard] = []
+    for folder in dict.fromkeys(_bundle_folders()):
+        try:
+            cards.append(read_card(folder))
+        except ProblemError as error:
+            cards.append(ModelCard(str(folder), folder.name, str(folder), problem=str(error.problem)))
+        except OSError as error:
+            cards.append(ModelCard(str(folder), folder.name, str(folder), problem=f"It cannot be read: {error}."))
+    return sorted(cards, key=lambda card: (bool(card.problem), card.model != BUILT_IN_MODEL, card.name.casefold()))
+
+
+def find_model(model: str) -> Path:
+    """The bundle's folder for what a request names: a path, a folder's name, or a bundle's own name."""
+    path = Path(model).expanduser()
+    if path.name == BUNDLE_FILE and path.is_file():
+        return path.parent.absolute()
+    if (path / BUNDLE_FILE).is_file():
+        return path.absolute()
+    found = list(dict.fromkeys(_bundle_folders()))
+    for folder in found:
+        if folder.name == model:
+            return folder
+    for card in list_models():
+        if card.name.casefold() == model.casefold():
+            return Path(card.folder)
+    if path.is_file():
+        raise bad_request(
+            f"{path.name} is a single file; a picture needs a whole model (text encoders and VAE too).",
+            "Choose a model folder with a bundle.json.",
+        )
+    if path.is_dir():
+        raise bad_request(
+            f"The folder {path.name} holds no {BUNDLE_FILE}.", "Choose a model folder with a bundle.json."
+        )
+    known = ", ".join(folder.name for folder in found) or "none"
+    raise bad_request(f"There is no model {model!r}.", f"Choose one of: {known}; or give a folder.")
+
+
+def comfy_files(role: str) -> list[Path]:
+    """Files of a role ("transformer", "text_encoder", "vae", "lora") in ComfyUI trees among the models folders.
+
+    Read in place: nothing is copied or changed. Subfolders count; links are followed once.
+    """
+    files: list[Path] = []
+    for root in models_folders():
+        for base in (root, root / "models"):
+            for name in COMFY_FOLDERS[role]:
+                for where, _, names in os.walk(base / name):
+                    files += [Path(where) / one for one in sorted(names) if one.endswith(MODEL_SUFFIXES)]
+    return list(dict.fromkeys(files))
+
+
+def find_lora(file: str, card: ModelCard) -> Path:
+    """The file of a LoRA a request names: the bundle's own names first, then a path, then the models folders."""
+    for lora in card.loras:
+        if file.casefold() in (
+            lora.name.casefold(),
+            Path(lora.file).name.casefold(),
+            Path(lora.file).stem.casefold(),
+        ):
+            return Path(lora.file)
+    path = Path(file).expanduser()
+    if path.is_file():
+        return path.absolute()
+    for one in comfy_files("lora"):
+        if file in (one.name, one.stem):
+            return one
+    known = ", ".join(lora.name for lora in card.loras) or "none"
+    raise bad_request(f"There is no LoRA {file!r}.", f"Give a .safetensors file, or one the model brings: {known}.")
