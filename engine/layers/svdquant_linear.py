@@ -1,0 +1,64 @@
+"""Linears whose weights are 4-bit: SVDQuant's, and the weight-only ones of modulations."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.layers.linear import BranchedLinear
+from engine.reference.linear_w4a16 import W4A16Weights
+from engine.reference.svdq_linear import SVDQuantWeights, svdq_linear
+
+LayerPlan = Literal["w4a4", "w4a8", "w4a16"]
+
+
+class SVDQuantLinear(BranchedLinear):
+    """y = low-bit product of quantized x and the residual + bias + (x @ proj_down) @ proj_up.T, by one plan.
+
+    w4a16 leaves activations as they are: without a GPU the weight is expanded once, low-rank branch and bias
+    included, and every call is one 32-bit product. w4a4 and w4a8 run the reference arithmetic.
+    `plan` is what really runs: a code of -8 has no place in w4a8's signed magnitudes, so such a layer runs w4a16.
+    """
+
+    def __init__(self, weights: SVDQuantWeights, plan: LayerPlan, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(weights.in_features, weights.out_features)
+        if plan == "w4a8" and weights.precision == "int4" and bool((weights.codes == -8).any()):
+            plan = "w4a16"
+        self.plan: LayerPlan = plan
+        self.precision = weights.precision
+        self.rank = weights.rank
+        self.weights: SVDQuantWeights | None = None
+        self.weight: Tensor | None
+        self.bias: Tensor | None
+        if plan == "w4a16":
+            weight, bias = weights.dense()
+            self.register_buffer("weight", weight.to(dtype), persistent=False)
+            self.register_buffer("bias", None if bias is None else bias.to(dtype), persistent=False)
+        else:
+            self.weights = weights
+
+    def base(self, x: Tensor) -> Tensor:
+        if self.weights is None:
+            assert self.weight is not None
+            return F.linear(x, self.weight, self.bias)
+        y = svdq_linear(x.flatten(0, -2), self.weights, self.plan)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class W4A16Linear(BranchedLinear):
+    """A linear with 4-bit weights and 16-bit activations; without a GPU its weight is expanded once."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weights: W4A16Weights, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(weights.in_features, weights.out_features)
+        self.register_buffer("weight", weights.dense().to(dtype), persistent=False)
+        bias = None if weights.bias is None else weights.bias.to(dtype)
+        self.register_buffer("bias", bias, persistent=False)
+
+    def base(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
