@@ -21,7 +21,6 @@ from engine.models.flux import Flux
 from engine.problems import bad_file
 
 MAX_RANK = 1024  # of all LoRAs of one linear together
-GET_IT_AGAIN = "Get the file again from where it came, or switch this LoRA off."
 SUFFIXES = {
     ".lora_A.weight": "down",
     ".lora_B.weight": "up",
@@ -242,14 +241,14 @@ def _stack_rows(items: list[tuple[LoraTarget, _Part]], out_features: int, in_fea
 
     Modules that share one factor down share its ranks; others get ranks of their own, zero elsewhere.
     """
-    scale = items[0][1].scale
+    scale = max((part.scale for _, part in items), key=abs)
     shared = all(torch.equal(part.down, items[0][1].down) and part.scale == scale for _, part in items)
     downs: list[Tensor] = []
     ups: list[Tensor] = []
     bias: Tensor | None = None
     for target, part in items:
         rows = slice(*target.rows)
-        # a relative factor of 1 in all files seen; one scale per 16 ranks then serves the padded stack
+        # 1 in every file seen so far: trainers write one alpha for all; else the scale per 16 ranks could not serve
         relative = part.scale / scale if scale else 0.0
         up = torch.zeros(out_features, part.up.shape[1])
         up[rows] = part.up * relative
@@ -293,7 +292,7 @@ def _check_ranks(loaded: list[_Loaded]) -> None:
 def _finite(file: SafetensorsFile, key: str) -> Tensor:
     tensor = file.read(key).float()
     if not bool(torch.isfinite(tensor).all()):
-        raise bad_file(f"{file.path.name}: {key} contains numbers that are not finite.", GET_IT_AGAIN)
+        raise file.fault(key, "expected finite numbers, it holds others")
     return tensor
 
 

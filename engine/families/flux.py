@@ -6,7 +6,6 @@ and types are compared with what the network needs before any tensor is read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,7 +24,7 @@ from engine.problems import bad_file
 
 FAMILY = "flux"
 FileKind = Literal["svdquant", "transformer"]
-HALF_OR_FLOAT = ("BF16", "F16", "F32")
+HALF_OR_FLOAT = (torch.bfloat16, torch.float16, torch.float32)
 GET_IT_AGAIN = "Get the file again from where it came."
 
 
@@ -56,16 +55,10 @@ def read_config(file: SafetensorsFile) -> FluxConfig:
     Raises ProblemError for a config that is no JSON, absurd, or contradicted by the tensors.
     """
     name = file.path.name
-    raw = file.metadata.get("config", "")
-    config: dict[str, Any] = {}
-    if raw:
-        try:
-            loaded = json.loads(raw)
-        except (ValueError, RecursionError) as error:
-            raise bad_file(f"The configuration inside {name} cannot be read.", GET_IT_AGAIN, str(error)) from None
-        if not isinstance(loaded, dict):
-            raise bad_file(f"The configuration inside {name} is not a list of settings.", GET_IT_AGAIN)
-        config = loaded
+    config = file.read_config()
+    config = {} if config is None else config
+    if not isinstance(config, dict):
+        raise bad_file(f"The configuration inside {name} is not a list of settings.", GET_IT_AGAIN)
     seen = _sizes_from_tensors(file)
     for field, value in seen.items():
         told = config.get(field)
@@ -192,14 +185,13 @@ class _Reader:
                 self._expect(f"{module}.bias", (rows,))
 
     def _expect(self, key: str, shape: tuple[int, ...]) -> None:
-        info = self.file.tensors.get(key)
-        where = self.file.path.name
-        if info is None:
-            raise bad_file(f"{where} lacks the tensor {key} {list(shape)}.", GET_IT_AGAIN)
-        if tuple(info.shape) != shape:
-            raise bad_file(f"{where}: {key} is {list(info.shape)}; expected {list(shape)}.", GET_IT_AGAIN)
-        if info.dtype not in HALF_OR_FLOAT and not (info.dtype == "I8" and f"{key}_scale" in self.file.tensors):
-            raise bad_file(f"{where}: {key} is of type {info.dtype}; expected 16 or 32 bits.", GET_IT_AGAIN)
+        info = self.file.info(key)
+        if info.shape != shape:
+            raise self.file.fault(key, f"expected the shape {list(shape)}, it is {list(info.shape)}")
+        if info.dtype not in HALF_OR_FLOAT and not (
+            info.dtype == torch.int8 and f"{key}_scale" in self.file.tensors
+        ):
+            raise self.file.fault(key, f"expected numbers of 16 or 32 bits, it holds {info.dtype}")
 
     def linear(self, names: LinearNames) -> BranchedLinear:
         """One linear of the network, 4-bit or 16-bit, on the device."""
@@ -217,12 +209,9 @@ class _Reader:
                 self.file, prefix, out_features=meta.out_features, in_features=meta.in_features, input_shift=shift
             )
             layer = SVDQuantLinear(weights, self.plan, self.dtype)
-        if (layer.out_features, layer.in_features) != (meta.out_features, meta.in_features):
-            raise bad_file(
-                f"{self.file.path.name}: {prefix} is {layer.out_features} x {layer.in_features}; "
-                f"expected {meta.out_features} x {meta.in_features}.",
-                GET_IT_AGAIN,
-            )
+        found, expected = (layer.out_features, layer.in_features), (meta.out_features, meta.in_features)
+        if found != expected:
+            raise self.file.fault(f"{prefix}.qweight", f"expected a layer of {expected}, it is one of {found}")
         return layer.to(self.device)
 
     def _is_int4(self, prefix: str) -> bool:
@@ -247,10 +236,7 @@ class _Reader:
         if weight.dtype == torch.int8:
             scale = self._finite(f"{key}_scale").float()
             if tuple(scale.shape) != (weight.shape[0],):
-                raise bad_file(
-                    f"{self.file.path.name}: {key}_scale is {list(scale.shape)}; expected {[weight.shape[0]]}.",
-                    GET_IT_AGAIN,
-                )
+                raise self.file.fault(f"{key}_scale", f"expected one number for each of {weight.shape[0]} rows")
             weight = weight.float() * scale[:, None]
         return weight
 
@@ -265,7 +251,7 @@ class _Reader:
     def _finite(self, key: str) -> Tensor:
         tensor = self.file.read(key)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise bad_file(f"{self.file.path.name}: {key} contains numbers that are not finite.", GET_IT_AGAIN)
+            raise self.file.fault(key, "expected finite numbers, it holds others")
         return tensor
 
 

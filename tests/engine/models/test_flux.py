@@ -50,8 +50,8 @@ def test_velocity_is_that_of_diffusers(config, batch, height, width, tokens):
     pooled = torch.randn(batch, config.pooled_projection_dim, generator=generator)
     timestep = torch.rand(batch, generator=generator)
     guidance = torch.full((batch,), 3.5) if config.guidance_embeds else None
-    ids = torch.stack(torch.meshgrid(torch.zeros(1), torch.arange(height), torch.arange(width), indexing="ij"), -1)
-    image_ids, text_ids = ids.reshape(-1, 3), torch.zeros(tokens, 3)
+    ids = torch.stack(torch.meshgrid(torch.arange(1), torch.arange(height), torch.arange(width), indexing="ij"), -1)
+    image_ids, text_ids = ids.reshape(-1, 3).float(), torch.zeros(tokens, 3)
     ours = network(image, text, pooled, timestep, guidance, image_ids, text_ids)
     theirs = oracle(
         hidden_states=image, encoder_hidden_states=text, pooled_projections=pooled, timestep=timestep,
