@@ -17,6 +17,10 @@ MICRO = 64  # in channels of one matrix instruction
 CACHE_BYTES = 1 << 20
 
 
+def padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
 def _check(name: str, tensor: Tensor, *multiples: int) -> None:
     if tensor.ndim != len(multiples) or any(size % of for size, of in zip(tensor.shape, multiples, strict=True)):
         raise ValueError(f"{name}: sizes must be multiples of {multiples}, got {tuple(tensor.shape)}")
