@@ -1,7 +1,7 @@
 """What all tests share: devices, seeds, no screen, no network, and none of the person's own folders.
 
-Imports neither torch nor Qt: the window's tests must be able to say that the window brings no torch, and kernel tests
-run on machines without Qt.
+Imports neither torch nor Qt: the window's tests must be able to say that the window brings no torch, and kernel
+tests run on machines without Qt.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ REPO = Path(__file__).resolve().parents[1]
 os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", PYTHONPATH=str(REPO))
 _HOME = tempfile.TemporaryDirectory(prefix="tonfa-tests-")
-for _variable in ("XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_PICTURES_DIR"):
-    os.environ[_variable] = str(Path(_HOME.name, _variable.lower()))
+os.environ["TONFA_HOME"] = _HOME.name
 
 
 def _has_nvidia_card() -> bool:
@@ -33,7 +32,7 @@ def _has_nvidia_card() -> bool:
 
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
-    """"cpu" everywhere; "cuda" as well where there is a card. A test that takes it runs on both."""
+    """What torch calls the device: "cpu", and "cuda" where there is a card. A test that takes it runs on both."""
     return "cuda" if request.param == "gpu" else "cpu"
 
 
