@@ -52,3 +52,11 @@ class W4A16Weights:
         groups = self.codes.float().view(self.out_features, -1, self.group_size)
         weight = torch.addcmul(self.zeros.float().unsqueeze(-1), groups, self.scales.float().unsqueeze(-1))
         return weight.view(self.out_features, self.in_features)
+
+
+def linear_w4a16(x: Tensor, weights: W4A16Weights) -> Tensor:
+    """x: (..., K) h. Returns (..., O) h: h(x @ W.T + bias), in fp32 until the one rounding at the end."""
+    if x.shape[-1] != weights.in_features:
+        raise ValueError(f"linear_w4a16: x must be (..., {weights.in_features}), got {tuple(x.shape)}")
+    y = x.float() @ weights.dense().T
+    return (y if weights.bias is None else y + weights.bias.float()).to(x.dtype)

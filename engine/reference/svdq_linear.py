@@ -1,4 +1,34 @@
-"""svdq_linear: a linear whose weight is a 4-bit residual plus a 16-bit low-rank branch."""
+"""svdq_linear: a linear whose weight is a 4-bit residual plus a 16-bit low-rank branch. What kernels are held to.
+
+Letters: x (M, K) activations of type h (bf16, fp16, or fp32 on the CPU), h(.) rounds to it; w codes, ws wscales,
+c smooth_factor, s input_shift, D proj_down, U proj_up, b bias, wt wtscale, wc wcscales; G groups of channels k,
+q(.) the value of a code. b' is b with the correction for s taken out (b itself where s = 0). Sums are fp32.
+
+numerics = "tonfa": nothing is rounded but codes, nvfp4's scales, the low-rank activations and the result.
+
+    w4a16          y = h( wc wt sum_k (x_k / c_k) ws q(w_k)                              + b' + h(x D) U^T )
+    w4a8           y = h( wc wt a sum_g ws_g sum_{k in g} q(p_k) q(w_k)                  + b' + h(x D) U^T )
+                       v = x / c             a = max_k |v_k| / 448, one per row          p = e4m3(v / a)
+    w4a4, int4     y = h( wc wt sum_g a_g ws_g sum_{k in g} p_k w_k                      + b  + h(x D) U^T )
+                       v = (x + s) / c       a_g = max_{k in g} |v_k| / 7, G = 64        p = round(v / a) in -7..7
+                       where s is not 0:     a_g = max_{k in g} |v_k| / 15               p = round(v / a) in 0..15
+    w4a4, nvfp4    the same sum with q(p) q(w)
+                       v = x / c             a_g = e4m3(min(max |v_k| / 6, 448)), G = 16 p = e2m1(v / a)
+
+w4a16 takes h(x D) unrounded, since a CPU runs it as one dense product. Rounding is to nearest, ties to even.
+max / 7 is max * fp32(1/7), and v / a is v * fp32(1/a), as on a GPU. The order of the fp32 sums is free, and a GPU's
+reciprocal is approximate: a kernel may therefore differ by 1 in a code at a tie.
+
+numerics = "public" (w4a4 only; the public engine has nothing else) rounds on the way, as that engine does:
+
+    int4           v = h(h(x + s) / c)       a as above in fp32, p by it, then a := h(a)
+                   acc := h(h(sum_{k in g} p_k w_k) h(a_g ws_g) + acc), group after group: the accumulator is 16-bit
+    nvfp4          v = h(x / c)              a as above; p by the scale before its rounding to e4m3
+                   acc = h(wt sum ...), accumulated in fp32
+    both           y = h( h(wc acc + b) + h(x D) U^T )
+
+Sources: the public engine's code; "SVDQuant" (Li et al. 2024) for the decomposition.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +39,16 @@ import torch
 from torch import Tensor
 
 from engine.reference.e2m1 import decode_e2m1
+from engine.reference.quantize_act import (
+    Numerics,
+    project_down,
+    quantize_act_e4m3,
+    quantize_act_int4,
+    quantize_act_nvfp4,
+)
 
 Precision = Literal["int4", "nvfp4"]
+LinearPlan = Literal["w4a4", "w4a8", "w4a16"]
 GROUP_SIZE: dict[Precision, int] = {"int4": 64, "nvfp4": 16}
 HALF_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -99,9 +137,80 @@ class SVDQuantWeights:
 
         The bias is the one for the unshifted input: the correction for `input_shift` is taken out.
         """
-        unsmoothed = self.residual() / self.smooth_factor.float()
-        weight = unsmoothed + self.proj_up.float() @ self.proj_down.float().T
+        weight = self.residual() / self.smooth_factor.float()
+        bias = self._unshifted_bias(weight)
+        return weight.addmm_(self.proj_up.float(), self.proj_down.float().T), bias
+
+    def unshifted_bias(self) -> Tensor | None:
+        """The bias for the unshifted input, (N,) fp32: what every plan but w4a4 adds."""
         if self.input_shift == 0:
-            return weight, None if self.bias is None else self.bias.float()
+            return None if self.bias is None else self.bias.float()
+        return self._unshifted_bias(self.residual() / self.smooth_factor.float())
+
+    def _unshifted_bias(self, unsmoothed: Tensor) -> Tensor | None:
+        if self.input_shift == 0:
+            return None if self.bias is None else self.bias.float()
         correction = self.input_shift * unsmoothed.sum(dim=1)
-        return weight, correction if self.bias is None else self.bias.float() + correction
+        return correction if self.bias is None else self.bias.float() + correction
+
+
+def svdq_linear(x: Tensor, weights: SVDQuantWeights, plan: LinearPlan, numerics: Numerics = "tonfa") -> Tensor:
+    """x: (M, K) h, before shift and smoothing. Returns (M, N) h. The module's docstring has the formulas.
+
+    Raises ValueError for an x of another width, and for "public" numerics of a plan the public engine lacks.
+    """
+    if x.ndim != 2 or x.shape[1] != weights.in_features:
+        raise ValueError(f"svdq_linear: x must be (M, {weights.in_features}), got {tuple(x.shape)}")
+    if plan == "w4a16" and numerics == "tonfa":
+        weight, bias = weights.dense()
+        y = x.float() @ weight.T
+        return (y if bias is None else y + bias).to(x.dtype)
+    low_rank = project_down(x, weights.proj_down).to(x.dtype).float() @ weights.proj_up.float().T
+    if numerics == "public":
+        if plan != "w4a4":
+            raise ValueError(f"svdq_linear: there are no public numerics of {plan}")
+        return (_public_w4a4(x, weights).float() + low_rank).to(x.dtype)
+    y = _dequantized_input(x, weights, plan) @ weights.residual().T
+    bias = weights.unshifted_bias() if plan == "w4a8" else weights.bias
+    return ((y if bias is None else y + bias.float()) + low_rank).to(x.dtype)
+
+
+def _dequantized_input(x: Tensor, weights: SVDQuantWeights, plan: LinearPlan) -> Tensor:
+    """(M, K) fp32: what the codes of x stand for, shifted and smoothed; in a sum over K that is all that counts."""
+    if plan == "w4a8":
+        codes, ascales = quantize_act_e4m3(x, weights.smooth_factor)
+        return codes.float() * ascales.unsqueeze(-1)
+    if weights.precision == "nvfp4":
+        codes, ascales = quantize_act_nvfp4(x, weights.smooth_factor)
+        values = decode_e2m1(codes)
+    else:
+        codes, ascales = quantize_act_int4(x, weights.smooth_factor, unsigned_shift=weights.input_shift or None)
+        values = codes.float()
+    groups = values.view(x.shape[0], -1, weights.group_size)
+    return (groups * ascales.float().unsqueeze(-1)).view_as(values)
+
+
+def _public_w4a4(x: Tensor, weights: SVDQuantWeights) -> Tensor:
+    """(M, N) h: everything but the low-rank branch, rounded wherever the public engine rounds."""
+    h = x.dtype
+    if weights.precision == "nvfp4":
+        codes, ascales = quantize_act_nvfp4(x, weights.smooth_factor, numerics="public")
+        groups = decode_e2m1(codes).view(x.shape[0], -1, weights.group_size) * ascales.float().unsqueeze(-1)
+        values = decode_e2m1(weights.codes).view(weights.out_features, -1, weights.group_size)
+        y = groups.flatten(1) @ (values * weights.wscales.float().unsqueeze(-1)).flatten(1).T
+        acc = (y if weights.wtscale is None else y * weights.wtscale).to(h)
+    else:
+        shift = weights.input_shift or None
+        codes, ascales = quantize_act_int4(x, weights.smooth_factor, unsigned_shift=shift, numerics="public")
+        acc = torch.zeros(x.shape[0], weights.out_features, dtype=h, device=x.device)
+        wscales = weights.wscales.to(h).float()
+        for g in range(wscales.shape[1]):
+            channels = slice(g * weights.group_size, (g + 1) * weights.group_size)
+            dot = codes[:, channels].float() @ weights.codes[:, channels].float().T  # exact: below 2^24
+            scale = (ascales[:, g, None].float() * wscales[:, g]).to(h)
+            acc = (dot.to(h).float() * scale.float() + acc.float()).to(h)
+    if weights.wcscales is None and weights.bias is None:
+        return acc
+    wcscales = torch.ones((), device=x.device) if weights.wcscales is None else weights.wcscales.to(h).float()
+    bias = torch.zeros((), device=x.device) if weights.bias is None else weights.bias.to(h).float()
+    return (acc.float() * wcscales + bias).to(h)
