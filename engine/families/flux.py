@@ -15,7 +15,12 @@ from torch import Tensor, nn
 
 from engine.checkpoints.key_maps.flux import LinearNames, NormNames, flux_linears, flux_norms
 from engine.checkpoints.safetensors_file import SafetensorsFile
-from engine.checkpoints.svdquant_file import read_svdquant_linear, read_w4a16
+from engine.checkpoints.svdquant_file import (
+    check_svdquant_linear,
+    check_w4a16,
+    read_svdquant_linear,
+    read_w4a16,
+)
 from engine.layers.linear import BranchedLinear, Linear
 from engine.layers.norms import RMSNorm
 from engine.layers.svdquant_linear import LayerPlan, SVDQuantLinear, W4A16Linear
@@ -138,6 +143,8 @@ def load_flux(
     linears, norms = linears_of(config), norms_of(config)
     for names in linears:
         reader.check(names)
+    for norm in norms:
+        reader.check_norm(norm)
     total = len(linears) + len(norms)
     for index, names in enumerate(linears):
         if on_progress is not None:
@@ -173,10 +180,21 @@ class _Reader:
         return None
 
     def check(self, names: LinearNames) -> None:
-        """Compare the header with what the network needs; no tensor is read. 4-bit layers check themselves."""
-        if self._prefix(names) is not None:
-            return
-        meta = self._meta(names)
+        """Compare the header with what the network needs; no tensor is read."""
+        meta, prefix = self._meta(names), self._prefix(names)
+        if prefix is not None and names.kind == "modulation":
+            header = check_w4a16(self.file, prefix, splits=names.splits)
+            found, expected = (header.out_features, header.in_features), (meta.out_features, meta.in_features)
+            if found != expected:
+                raise self.file.fault(f"{prefix}.qweight", f"expected a layer of {expected}, found {found}")
+            if "bias" not in header.names:
+                raise self.file.fault(f"{prefix}.bias", "expected this tensor, it is missing")
+        elif prefix is not None:
+            check_svdquant_linear(self.file, prefix, out_features=meta.out_features, in_features=meta.in_features)
+        else:
+            self._check_dense(names, meta)
+
+    def _check_dense(self, names: LinearNames, meta: Linear) -> None:
         rows = meta.out_features // len(names.modules)
         for module in names.modules:
             width = names.of_columns or meta.in_features
@@ -199,20 +217,18 @@ class _Reader:
         prefix = self._prefix(names)
         if prefix is None:
             return self._dense(names, meta)
-        layer: BranchedLinear
         if names.kind == "modulation":
-            w4a16 = read_w4a16(self.file, prefix, splits=names.splits)
-            layer = W4A16Linear(w4a16, self.dtype)
-        else:
-            shift = names.input_shift if self._is_int4(prefix) else 0.0
-            weights = read_svdquant_linear(
-                self.file, prefix, out_features=meta.out_features, in_features=meta.in_features, input_shift=shift
-            )
-            layer = SVDQuantLinear(weights, self.plan, self.dtype)
-        found, expected = (layer.out_features, layer.in_features), (meta.out_features, meta.in_features)
-        if found != expected:
-            raise self.file.fault(f"{prefix}.qweight", f"expected a layer of {expected}, it is one of {found}")
-        return layer.to(self.device)
+            w4a16 = read_w4a16(self.file, prefix, splits=names.splits, device=self.device)
+            return W4A16Linear(w4a16, self.dtype)
+        weights = read_svdquant_linear(
+            self.file,
+            prefix,
+            out_features=meta.out_features,
+            in_features=meta.in_features,
+            input_shift=names.input_shift if self._is_int4(prefix) else 0.0,
+            device=self.device,
+        )
+        return SVDQuantLinear(weights, self.plan, self.dtype)
 
     def _is_int4(self, prefix: str) -> bool:
         info = self.file.tensors.get(f"{prefix}.wscales")
@@ -240,13 +256,16 @@ class _Reader:
             weight = weight.float() * scale[:, None]
         return weight
 
+    def _norm_key(self, names: NormNames) -> str:
+        public = f"{names.public}.weight"
+        return public if public in self.file.tensors else f"{names.module}.weight"
+
+    def check_norm(self, names: NormNames) -> None:
+        self._expect(self._norm_key(names), (self.network.config.attention_head_dim,))
+
     def norm(self, names: NormNames) -> Tensor:
         """An RMSNorm's weight (head_dim,), always fp32."""
-        head_dim = self.network.config.attention_head_dim
-        key = next((k for k in (f"{names.public}.weight", f"{names.module}.weight") if k in self.file.tensors), "")
-        key = key or f"{names.module}.weight"
-        self._expect(key, (head_dim,))
-        return self._finite(key).to(self.device, torch.float32)
+        return self._finite(self._norm_key(names)).to(self.device, torch.float32)
 
     def _finite(self, key: str) -> Tensor:
         tensor = self.file.read(key)
