@@ -119,8 +119,9 @@ def read_svdquant_linear(
     def read(role: str) -> Tensor:
         return _read_finite(file, names[role], device)
 
-    qweight = file.read(names["qweight"]).to(device)
-    codes = layout.unpack_qweight(qweight, signed=precision == "int4")[:n, :k].contiguous()
+    def channels(role: str, size: int) -> Tensor | None:
+        return layout.unpack_channels(read(role))[:size].contiguous() if role in names else None
+
     packed_scales = read("wscales")
     if precision == "int4":
         wscales = layout.unpack_wscales_int4(packed_scales)
@@ -136,16 +137,21 @@ def read_svdquant_linear(
         proj_up = layout.unpack_proj_up(read("up"))[:n].contiguous()
     else:
         proj_down, proj_up = smooth_factor.new_zeros(k, 0), smooth_factor.new_zeros(n, 0)
+    bias, wcscales = channels("bias", n), channels("wcscales", n)
+    wtscale = read("wtscale").float().reshape(()) if "wtscale" in names else None
+    # Last, when nothing can be refused any more: a refusal must not have unpacked megabytes of codes.
+    qweight = file.read(names["qweight"]).to(device)
+    codes = layout.unpack_qweight(qweight, signed=precision == "int4")[:n, :k].contiguous()
     return SVDQuantWeights(
         precision=precision,
         codes=codes,
         wscales=wscales[:n, : k // group].contiguous(),
         smooth_factor=smooth_factor,
-        bias=layout.unpack_channels(read("bias"))[:n].contiguous() if "bias" in names else None,
+        bias=bias,
         proj_down=proj_down,
         proj_up=proj_up,
-        wtscale=read("wtscale").float().reshape(()) if "wtscale" in names else None,
-        wcscales=layout.unpack_channels(read("wcscales"))[:n].contiguous() if "wcscales" in names else None,
+        wtscale=wtscale,
+        wcscales=wcscales,
         input_shift=input_shift,
     )
 
@@ -198,11 +204,11 @@ def read_w4a16(
     """
     header = check_w4a16(file, prefix, splits=splits)
     names, groups = header.names, header.in_features // header.group_size
-    codes = layout.unpack_awq(file.read(names["qweight"]).to(device))
     scales, zeros = (
         _read_finite(file, names[role], device)[:groups].T.contiguous() for role in ("scales", "zeros")
     )
     bias = _read_finite(file, names["bias"], device) if "bias" in names else None
+    codes = layout.unpack_awq(file.read(names["qweight"]).to(device))
     if splits > 1:
         codes, scales, zeros = (layout.deinterleave_splits(t, splits) for t in (codes, scales, zeros))
         bias = None if bias is None else layout.deinterleave_splits(bias, splits)
