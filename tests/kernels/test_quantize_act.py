@@ -1,0 +1,115 @@
+"""quantize_act: first what the result is good for, then edges, then the golden numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.reference.e2m1 import decode_e2m1
+from engine.reference.quantize_act import (
+    Numerics,
+    project_down,
+    quantize_act_e4m3,
+    quantize_act_int4,
+    quantize_act_nvfp4,
+)
+from tests.golden import golden
+from tests.kernels.golden_linears import GELU_SHIFT, golden_linear
+from tests.tolerances import CODES_AT_TIES, largest_error, relative_error
+
+NUMERICS: list[Numerics] = ["public", "tonfa"]
+
+
+def activations(m: int = 33, k: int = 192, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    """x with a few outlier channels, which smooth_factor tames."""
+    outliers = torch.ones(k)
+    outliers[::37] = 20
+    return (torch.randn(m, k) * outliers).to(dtype), (outliers.sqrt() * (0.5 + torch.rand(k))).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_undoing_int4_is_off_by_half_a_level_at_most(dtype: torch.dtype) -> None:
+    x, smooth_factor = activations(dtype=dtype)
+    codes, ascales = quantize_act_int4(x, smooth_factor)
+    level = ascales.repeat_interleave(64, dim=1)
+    error = codes.float() * level - x.float() / smooth_factor.float()
+    assert codes.dtype == torch.int8
+    assert ascales.dtype == torch.float32
+    assert int(codes.min()) == -7  # never -8: the grid stays symmetric around zero
+    assert (error.abs() <= level / 2 * 1.001).all()
+
+
+def test_undoing_unsigned_int4_gives_the_shifted_gelu() -> None:
+    x = F.gelu(torch.randn(16, 128), approximate="tanh")
+    smooth_factor = 0.5 + torch.rand(128)
+    codes, ascales = quantize_act_int4(x, smooth_factor, unsigned_shift=GELU_SHIFT)
+    level = ascales.repeat_interleave(64, dim=1)
+    error = codes.float() * level - (x + GELU_SHIFT) / smooth_factor
+    assert codes.dtype == torch.uint8
+    assert int(codes.max()) == 15
+    assert (error.abs() <= level / 2 * 1.001).all()
+
+
+@pytest.mark.parametrize("numerics", NUMERICS)
+def test_undoing_nvfp4_is_off_by_a_tenth(numerics: Numerics) -> None:
+    x, smooth_factor = activations(m=64, k=1024)
+    codes, ascales = quantize_act_nvfp4(x, smooth_factor, numerics=numerics)
+    undone = decode_e2m1(codes) * ascales.float().repeat_interleave(16, dim=1)
+    assert 0.05 < relative_error(undone, x.float() / smooth_factor.float()) < 0.11
+
+
+def test_undoing_e4m3_is_off_by_a_thirtieth() -> None:
+    x, smooth_factor = activations(m=64, k=1024)
+    codes, ascales = quantize_act_e4m3(x, smooth_factor)
+    undone = codes.float() * ascales.unsqueeze(-1)
+    assert 0.01 < relative_error(undone, x.float() / smooth_factor.float()) < 0.035
+    assert codes.float().abs().max() == 448
+
+
+def test_a_fixed_e4m3_scale_saturates_and_never_overflows() -> None:
+    x = torch.tensor([[1.0, 1000.0, -1e30, 0.25]])
+    codes, ascales = quantize_act_e4m3(x, torch.ones(4), scale=torch.tensor(0.5))
+    assert codes.float().tolist() == [[2.0, 448.0, -448.0, 0.5]]
+    assert ascales.tolist() == [0.5]
+
+
+@pytest.mark.parametrize("tiny", [0.0, 1e-42])
+def test_rows_of_nothing_become_codes_of_nothing(tiny: float) -> None:
+    x = torch.full((2, 64), tiny)
+    assert not quantize_act_int4(x, torch.ones(64))[0].any()
+    assert not quantize_act_nvfp4(x, torch.ones(64))[0].any()
+    assert not quantize_act_e4m3(x, torch.ones(64))[0].float().any()
+
+
+def test_rows_do_not_see_each_other() -> None:
+    x, smooth_factor = activations()
+    codes, ascales = quantize_act_int4(x, smooth_factor)
+    one, scale = quantize_act_int4(x[7:8], smooth_factor)
+    assert torch.equal(one[0], codes[7])
+    assert torch.equal(scale[0], ascales[7])
+
+
+def test_a_width_that_is_no_whole_number_of_groups_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"multiple of 64.*\(2, 100\)"):
+        quantize_act_int4(torch.zeros(2, 100), torch.ones(100))
+    with pytest.raises(ValueError, match="smooth_factor"):
+        quantize_act_e4m3(torch.zeros(2, 64), torch.ones(65))
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "codes"), [("fc1", "fc1.x", "act_codes"), ("fc2", "mlp.gelu", "act_codes_unsigned")]
+)
+def test_public_numerics_are_the_golden_ones(layer: str, x: str, codes: str, tmp_path: Path) -> None:
+    tensors, weights = golden("svdq_numerics_int4"), golden_linear(layer, tmp_path)
+    shift = GELU_SHIFT if layer == "fc2" else None
+    found, ascales = quantize_act_int4(tensors[x], weights.smooth_factor, unsigned_shift=shift, numerics="public")
+    expected = tensors[f"{layer}.{codes}"]
+    assert (found.int() - expected.int()).abs().max() <= CODES_AT_TIES
+    assert (found != expected).float().mean() < 0.005
+    assert torch.equal(ascales, tensors[f"{layer}.act_scales"])
+    low_rank = project_down(tensors[x], weights.proj_down)
+    assert largest_error(low_rank, tensors[f"{layer}.lowrank_act"]) < 1e-6
