@@ -1,0 +1,124 @@
+"""Starts everything; the one place where objects are created and joined.
+
+Imports stand inside `main`: a process that only asks the first one to come up needs little of this, and a child
+process that imports this module by accident must not get a window.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PySide6.QtWidgets import QApplication
+
+    from app.engine_thread import EngineThread
+    from app.main_window import MainWindow
+
+
+class Program:
+    """The joined objects of one run. Made by `main` and by the end-to-end tests."""
+
+    def __init__(self, app: QApplication) -> None:
+        from app.engine_thread import EngineThread
+        from app.main_window import MainWindow
+        from app.pages.generate_page import GeneratePage
+        from app.state.composer import ComposerState
+        from app.state.generation import GenerationState
+        from app.state.history import History
+        from app.state.memory import MemoryState
+        from app.state.models import ModelsState
+        from app.state.settings import Settings
+        from app.theme import Theme
+        from app.widgets.focus_ring import FocusRing
+        from engine.host import Host
+
+        self.theme = Theme(app)
+        self.settings = Settings()
+        self.models = ModelsState()
+        self.composer = ComposerState()
+        self.history = History()
+        self.memory = MemoryState()
+        self.engine: EngineThread = EngineThread(Host())
+        self.generation = GenerationState(self.engine, self.composer, self.history)
+        self.page = GeneratePage(self.composer, self.generation, self.history, self.memory, self.models)
+        self.window: MainWindow = MainWindow(self.page, self.generation, self.composer, self.memory, self.settings)
+        self.ring = FocusRing(app)
+        self.engine.event_arrived.connect(self.generation.on_event)
+        self.engine.planned.connect(self.generation.on_planned)
+        self.engine.restarted.connect(self.generation.on_restarted)
+        self.generation.device_known.connect(self.memory.set_device)
+        self.models.changed.connect(self._models_changed)
+        self.window.closed.connect(self.close)
+        self.composer.set_seed_mode(self.settings.seed_mode)
+        self._closed = False
+
+    def start(self) -> None:
+        """Show the window, then begin what takes time."""
+        from PySide6.QtCore import QTimer
+
+        self.models.read_built_in()
+        self.window.show()
+        QTimer.singleShot(0, self._start_rest)
+
+    def _start_rest(self) -> None:
+        self.engine.start()
+        self.memory.watch(lambda: self.engine.pid)
+        self.models.read_all()
+
+    def _models_changed(self) -> None:
+        """Take the model of the last time, or the first there is, and load it."""
+        if self.composer.model is not None:
+            return
+        wanted = self.settings.model
+        card = self.models.usable(wanted)
+        if card is None or (card.model != wanted and wanted and not self.models.listed):
+            return
+        self.composer.set_model(card)
+        self.generation.prepare()
+
+    def close(self) -> None:
+        """Everything ends within five seconds, a picture that is being made included."""
+        if self._closed:
+            return
+        self._closed = True
+        if self.composer.model is not None:
+            self.settings.model = self.composer.model.model
+            self.settings.save()
+        self.memory.stop()
+        self.engine.close()
+
+
+def main() -> int:
+    from PySide6.QtWidgets import QApplication
+
+    from app.single_instance import SingleInstance
+
+    app = QApplication(sys.argv)
+    app.setApplicationName("Tonfa")
+    app.setDesktopFileName("tonfa")
+    instance = SingleInstance()
+    if not instance.claim():
+        print("Tonfa is already open; its window was brought up.")
+        return 0
+    program = Program(app)
+    instance.raise_requested.connect(program.window.bring_up)
+    program.start()
+    _close_on_interrupt(program)
+    code = app.exec()
+    program.close()
+    instance.release()
+    return code
+
+
+def _close_on_interrupt(program: Program) -> None:
+    """Ctrl-C in the terminal and a polite kill close the window. Python runs the handler when the memory samples
+    come in, twice a second, which is when the event loop lets it."""
+    import signal
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: program.window.close())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One screen per task: joins widgets to state, decides nothing."""

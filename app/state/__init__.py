@@ -1,0 +1,1 @@
+"""What the screens show and may do: QObjects without widgets."""

@@ -1,0 +1,1 @@
+"""Small views: plain values in, Qt signals out."""
