@@ -24,8 +24,8 @@ def random_bytes(*shape: int, dtype: torch.dtype = torch.uint8, seed: int = 0) -
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
     """Equal to the bit, NaN included."""
-    a, b = a.contiguous(), b.contiguous()
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    bytes_a, bytes_b = (t.contiguous().flatten().view(torch.uint8) for t in (a, b))
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bytes_a, bytes_b)
 
 
 @pytest.mark.parametrize("case", PLAIN)
