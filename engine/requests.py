@@ -6,7 +6,7 @@ its default steps) is `None` here and filled in by the engine from the model's b
 
 from __future__ import annotations
 
-import math
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -33,10 +33,10 @@ def _check_whole(name: str, value: int, low: int, high: int) -> None:
 
 
 def _check_number(name: str, value: float, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
         raise bad_request(f"{name} must be a number, not {value!r}.", f"Choose another {name}.")
     if not low <= value <= high:
-        raise bad_request(f"{name} must be from {low:g} to {high:g}, not {value:g}.", f"Choose another {name}.")
+        raise bad_request(f"{name} must be from {low:g} to {high:g}, not {value!r}.", f"Choose another {name}.")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -45,7 +45,9 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _check_text(name: str, value: str) -> None:
-    if not isinstance(value, str) or len(value) > MAX_PROMPT_CHARACTERS:
+    if not isinstance(value, str):
+        raise bad_request(f"The {name} must be text, not {value!r}.", "Type it again.")
+    if len(value) > MAX_PROMPT_CHARACTERS:
         raise bad_request(f"The {name} is longer than {MAX_PROMPT_CHARACTERS} characters.", "Make it shorter.")
     if "\0" in value or any(0xD800 <= ord(character) <= 0xDFFF for character in value):
         raise bad_request(f"The {name} contains characters that are not text.", "Type it again.")
@@ -95,6 +97,8 @@ class ImageRequest:
         _check_text("negative prompt", self.negative)
         if not self.prompt.strip():
             raise bad_request("The prompt is empty.", "Type what you would like to see.")
+        for name, text in (("model", self.model), ("device", self.device), ("file to write", self.out)):
+            _check_text(name, text)
         if not self.model.strip():
             raise bad_request("No model is chosen.", "Choose a model.")
         for name, value in (("width", self.width), ("height", self.height)):
@@ -112,12 +116,15 @@ class ImageRequest:
             _check_number("cfg", self.cfg, 1.0, 100.0)
         if self.threads is not None:
             _check_whole("threads", self.threads, 1, 1024)
+        if not isinstance(self.loras, tuple) or not all(isinstance(lora, LoraChoice) for lora in self.loras):
+            raise bad_request("The LoRAs are not a list of files and strengths.", "Choose them again.")
+        if not isinstance(self.previews, bool):
+            raise bad_request(f"previews must be yes or no, not {self.previews!r}.", "Choose one of the two.")
         if len(self.loras) > 64:
             raise bad_request(f"{len(self.loras)} LoRAs are more than 64.", "Remove some.")
         _check_choice("plan", self.plan, get_args(Plan))
         _check_choice("noise", self.noise, get_args(NoiseKind))
-        kind, _, index = self.device.partition(":")
-        if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", self.device):
             raise bad_request(f"There is no device {self.device!r}.", "Choose auto, cpu or cuda:N.")
 
 

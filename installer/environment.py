@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,8 +33,8 @@ MUST_IMPORT = ("numpy", "torch", "safetensors", "PIL", "psutil", "tokenizers", "
 def only_one(lock: Path, report: Report) -> Iterator[int]:
     """Hold `lock`; a second installer in the same folder waits here. Yields the lock's file descriptor.
 
-    On POSIX pip inherits the descriptor and with it the lock: if the installer is killed, the next one waits until
-    the orphaned pip has ended too.
+    On POSIX the processes that write into .venv inherit the descriptor and with it the lock: if the installer is
+    killed, the next one waits until an orphaned pip has ended too.
     """
     with lock.open("w") as file:
         told = False
@@ -112,16 +112,24 @@ def python_of(venv: Path) -> Path:
 
 
 def works(venv: Path) -> bool:
-    """Whether the environment's Python starts, is new enough and has a whole pip."""
-    code = "import sys, pip; from pip._internal.cli import main; sys.exit(sys.version_info < (3, 11))"
+    """Whether the environment's Python starts, is new enough, and has a whole pip of its own.
+
+    Of its own: an environment without pyvenv.cfg starts too, as the system's Python with the system's pip.
+    """
+    code = (
+        "import sys, pip; from pip._internal.cli import main; print(sys.prefix, *sys.version_info[:2], sep='\\n')"
+    )
     try:
-        done = subprocess.run([str(python_of(venv)), "-c", code], capture_output=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(
+            [str(python_of(venv)), "-c", code], capture_output=True, text=True, timeout=60, check=False
+        )
+        prefix, major, minor = done.stdout.strip().splitlines()
+        return Path(prefix).samefile(venv) and (int(major), int(minor)) >= (3, 11) and not done.returncode
+    except (OSError, ValueError, subprocess.TimeoutExpired):
         return False
-    return done.returncode == 0
 
 
-def make_venv(venv: Path, report: Report) -> None:
+def make_venv(venv: Path, report: Report, lock: int) -> None:
     """Make `.venv`, or keep the one that is there: whole, or cut short and healed."""
     if works(venv):
         for name in heal(venv):
@@ -130,10 +138,15 @@ def make_venv(venv: Path, report: Report) -> None:
     if venv.is_symlink() or venv.exists():
         report.say(f"The {venv.name} that is there does not work; making it again.")
         venv.unlink() if venv.is_symlink() else shutil.rmtree(venv)
-    done = subprocess.run([sys.executable, "-m", "venv", str(venv)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "venv", str(venv)]
+    done = subprocess.run(command, capture_output=True, text=True, pass_fds=_inherit(lock), check=False)
     report.note(done.stdout + done.stderr)
     if done.returncode or not works(venv):
         raise explain(done.stdout + done.stderr, "The Python environment could not be made.", report.log)
+
+
+def _inherit(lock: int) -> tuple[int, ...]:
+    return () if os.name == "nt" else (lock,)
 
 
 def heal(venv: Path) -> list[str]:
@@ -187,17 +200,16 @@ class Pip:
         }
 
     def update_itself(self) -> None:
-        """The pinned pip and setuptools. Not vital: Debian's pip works too, but cannot resume a download."""
-        with contextlib.suppress(StopError):
-            self.install("pip", "setuptools")
+        """The pinned pip and setuptools: Debian's pip cannot resume a download, its setuptools cannot build us."""
+        self.install("pip", "setuptools")
         said = self._run_quietly("--version")
         version = re.search(r"pip (\d+)\.(\d+)", said)
         self._progress = version is not None and (int(version[1]), int(version[2])) >= (24, 1)
 
-    def offers(self, package: str, index: str = "") -> list[str]:
-        """The versions of `package` that an index has for this Python; [] also when it cannot be reached."""
+    def offered_torch(self, index: str = "") -> list[str]:
+        """The versions of torch that an index has for this Python; [] also when it cannot be reached."""
         where = ["--index-url", index] if index else []
-        said = self._run_quietly("index", "versions", package, "--timeout", "8", "--retries", "1", *where)
+        said = self._run_quietly("index", "versions", "torch", "--timeout", "8", "--retries", "1", *where)
         return parse_versions(said)
 
     def install(self, *words: str) -> None:
@@ -213,7 +225,6 @@ class Pip:
             raise explain(said, "The packages could not be installed.", self._report.log)
 
     def _popen(self, words: list[str], errors: int) -> subprocess.Popen[str]:
-        inherit = () if os.name == "nt" else (self._lock,)
         return subprocess.Popen(
             [str(self._python), "-m", "pip", *words],
             cwd=self._root,
@@ -224,7 +235,7 @@ class Pip:
             text=True,
             encoding="utf-8",
             errors="replace",
-            pass_fds=inherit,
+            pass_fds=_inherit(self._lock),
         )
 
     def _run_quietly(self, *words: str) -> str:
@@ -282,8 +293,10 @@ def pinned_torch(constraints: str) -> str:
     return found[1]
 
 
-def torch_sources(build: str, version: str, pip: Pip, system: str, processor: str) -> list[TorchSource]:
-    """Where to take torch from, best first.
+def torch_sources(
+    build: str, version: str, offers: Callable[[str], list[str]], system: str, processor: str
+) -> list[TorchSource]:
+    """Where to take torch from, best first. `offers(index)` names the versions that an index has ("" = configured).
 
     The registry's build for Linux on x86-64 is the CUDA one (`===` takes exactly that, even where a CPU build lies
     in a configured folder of wheels); elsewhere it is the CPU one. PyTorch's own indexes have both.
@@ -297,9 +310,9 @@ def torch_sources(build: str, version: str, pip: Pip, system: str, processor: st
     if not registry_has_cuda:
         return [anything]
     cpu = f"{version}+cpu"
-    if cpu in pip.offers("torch"):
+    if cpu in offers(""):
         return [TorchSource(f"torch=={cpu}")]
-    if cpu in pip.offers("torch", PYTORCH_INDEX + "cpu"):
+    if cpu in offers(PYTORCH_INDEX + "cpu"):
         return [TorchSource(f"torch=={cpu}", PYTORCH_INDEX + "cpu")]
     return [TorchSource(f"torch=={version}", large=True)]
 
@@ -359,9 +372,10 @@ def explain(said: str, what: str, log: Path) -> StopError:
     for pattern, reason, todo in _REASONS:
         if re.search(pattern, said):
             return StopError(reason, f"{todo}, then run this again: it goes on where it stopped. Details: {log}")
-    if missing := re.search(r"No matching distribution found for (\S+)", said):
+    # pip 23 calls a pinned version that it cannot find a conflict with the constraint.
+    if missing := re.search(r"No matching distribution found for (\S+)|requested \(constraint\) (\S+)", said):
         return StopError(
-            f"No package server has {missing[1]} for Python {sys.version_info.major}.{sys.version_info.minor}.",
+            f"No package server has {missing[1] or missing[2]} for Python {sys.version_info.major}.{sys.version_info.minor}.",
             f"Use Python 3.11, 3.12 or 3.13, or check pip's configuration. Details: {log}",
         )
     return StopError(what, f"Run this again; if it stops at the same place, the reason is in {log}")

@@ -47,13 +47,13 @@ def add_to_menu(root: Path) -> Path:
 
 
 def desktop_entry(root: Path) -> str:
-    """The text of a .desktop file for the Tonfa in `root` (freedesktop.org's Desktop Entry Specification 1.5)."""
+    """The text of a .desktop file for the Tonfa in `root` (freedesktop.org's Desktop Entry Specification 1.4)."""
     icon = root / "assets" / "icons" / "app-icon.svg"
     return "\n".join(
         [
             "[Desktop Entry]",
             "Type=Application",
-            "Version=1.5",
+            "Version=1.4",
             "Name=Tonfa",
             "GenericName=Picture Maker",
             "Comment=Make pictures from words on your own computer",

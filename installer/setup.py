@@ -36,6 +36,10 @@ def main(arguments: list[str]) -> int:
     except StopError as stop:
         print(f"\n{stop.what}\n{stop.todo}", file=sys.stderr)
         return 3
+    except OSError as error:
+        print(f"\nA file could not be used: {error}", file=sys.stderr)
+        print("Run this again; it goes on where it stopped.", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on where it was.", file=sys.stderr)
         return 130
@@ -89,7 +93,7 @@ def _install(venv: Path, build: machine.Build, wanted: Wanted, report: Report, l
 
     report.step("Making the Python environment .venv")
     (venv / environment.STAMP).unlink(missing_ok=True)
-    environment.make_venv(venv, report)
+    environment.make_venv(venv, report, lock)
     pip = Pip(ROOT, report, lock)
     pip.update_itself()
 
@@ -98,7 +102,9 @@ def _install(venv: Path, build: machine.Build, wanted: Wanted, report: Report, l
     if wanted.torch_index:
         sources = [environment.TorchSource(f"torch=={version}", wanted.torch_index)]
     else:
-        sources = environment.torch_sources(build.kind, version, pip, sys.platform, platform.machine())
+        sources = environment.torch_sources(
+            build.kind, version, pip.offered_torch, sys.platform, platform.machine()
+        )
     if sources[0].large:
         report.say("Only the large build for graphics cards can be had here; it works without a card too.")
         machine.check_space(ROOT, "cuda", already)

@@ -6,6 +6,7 @@ tests run on machines without Qt.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import sys
@@ -21,6 +22,15 @@ os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", PYTHONPATH=str(REPO))
 _HOME = tempfile.TemporaryDirectory(prefix="tonfa-tests-")
 os.environ["TONFA_HOME"] = _HOME.name
+
+with contextlib.suppress(ImportError):
+    from hypothesis import HealthCheck, settings
+
+    # The same examples in every run, and no opinion about a busy machine.
+    settings.register_profile(
+        "tonfa", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("tonfa")
 
 
 def _has_nvidia_card() -> bool:
