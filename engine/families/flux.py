@@ -139,33 +139,41 @@ def load_flux(
     config = read_config(file)
     with torch.device("meta"):
         network = Flux(config)
-    reader = _Reader(file, network, plan, torch.device(device), dtype)
-    linears, norms = linears_of(config), norms_of(config)
-    for names in linears:
-        reader.check(names)
-    for norm in norms:
-        reader.check_norm(norm)
-    total = len(linears) + len(norms)
-    for index, names in enumerate(linears):
+    reader = FluxReader(file, network, plan, torch.device(device), dtype)
+    reader.check_all()
+    layers: list[LinearNames | NormNames] = [*linears_of(config), *norms_of(config)]
+    for index, names in enumerate(layers):
         if on_progress is not None:
-            on_progress(index / total)
-        _exchange(network, names.name, reader.linear(names))
-    for norm in norms:
-        module = network.get_submodule(norm.name)
-        assert isinstance(module, RMSNorm)
-        module.weight = nn.Parameter(reader.norm(norm), requires_grad=False)
+            on_progress(index / len(layers))
+        reader.fill(names)
     if on_progress is not None:
         on_progress(1.0)
     return network.requires_grad_(False).eval()
 
 
-class _Reader:
-    """Reads one linear after the other from a file, whichever way the file stores it."""
+class FluxReader:
+    """Reads one layer after the other from a file, whichever way the file stores it, into a network on meta."""
 
     def __init__(
         self, file: SafetensorsFile, network: Flux, plan: LayerPlan, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.file, self.network, self.plan, self.device, self.dtype = file, network, plan, device, dtype
+
+    def check_all(self) -> None:
+        """Compare the header with what the network needs; no tensor is read. Raises ProblemError."""
+        for linear in linears_of(self.network.config):
+            self.check(linear)
+        for norm in norms_of(self.network.config):
+            self.check_norm(norm)
+
+    def fill(self, names: LinearNames | NormNames) -> None:
+        """Give one layer of the network its weights, on the device."""
+        if isinstance(names, LinearNames):
+            _exchange(self.network, names.name, self.linear(names))
+            return
+        module = self.network.get_submodule(names.name)
+        assert isinstance(module, RMSNorm)
+        module.weight = nn.Parameter(self.norm(names), requires_grad=False)
 
     def _meta(self, names: LinearNames) -> Linear:
         module = self.network.get_submodule(names.name)
