@@ -1,0 +1,457 @@
+"""The command line: generate, inspect, quantize, verify, doctor. The same engine as the window's, without a window.
+
+    tonfa generate --prompt "a red fox" --out fox.png
+
+Progress and problems go to standard error. With --json the last line of standard output is one JSON object, also
+for errors; its shape is in engine/cli.schema.json. Exit codes: 0; 2 bad request or damaged file; 3 this machine
+cannot; 130 cancelled; 1 a bug of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+from engine.events import (
+    Cancelled,
+    Event,
+    Failed,
+    Final,
+    Finished,
+    ImageDone,
+    ImageStarted,
+    Loading,
+    Notice,
+    QuantizeProgress,
+    StepDone,
+)
+from engine.problems import EXIT_CODE, Problem, ProblemError, bad_file, bad_request, internal_error
+from engine.requests import (
+    BUILT_IN_MODEL,
+    DoctorRequest,
+    ImageRequest,
+    InspectRequest,
+    LoraChoice,
+    QuantizeRequest,
+    Request,
+    VerifyRequest,
+)
+
+if TYPE_CHECKING:
+    from engine.session import Engine
+
+CANCELLED = 130
+MAX_JOBS = 100_000
+MAX_JOBS_BYTES = 64 * 2**20
+# A job line may say what the flags say, by the same names.
+IMAGE_FIELDS = (
+    "prompt", "negative", "model", "width", "height", "steps", "seed", "count", "guidance", "cfg", "plan", "device",
+    "threads", "noise", "out",
+)  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------- what was asked
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are problems like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise bad_request(f"{message[:1].upper()}{message[1:]}.", f"See {self.prog} --help.")
+
+
+def lora_choice(text: str) -> LoraChoice:
+    """FILE or NAME, with :STRENGTH where the tail behind the last colon is a finite number."""
+    head, colon, tail = text.rpartition(":")
+    with contextlib.suppress(ValueError):
+        strength = float(tail)
+        if colon and math.isfinite(strength):
+            return LoraChoice(head, strength)
+    return LoraChoice(text)
+
+
+def _kept_layer(text: str) -> tuple[str, str]:
+    pattern, _, kind = text.rpartition("=")
+    return pattern, kind
+
+
+def _parser() -> _Parser:
+    shared = _Parser(add_help=False)
+    shared.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    parser = _Parser(prog="tonfa", description="Make pictures from 4-bit SVDQuant diffusion models.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
+
+    def command(name: str, help_text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=help_text, description=help_text, parents=[shared], allow_abbrev=False
+        )
+
+    generate = command("generate", "Make pictures from a prompt.")
+    generate.add_argument("--prompt", metavar="TEXT", help="what to see")
+    generate.add_argument("--out", metavar="FILE.png", help="the picture to write, or a folder for numbered ones")
+    generate.add_argument("--model", metavar="NAME|PATH", help=f"a model's name or folder ({BUILT_IN_MODEL})")
+    generate.add_argument(
+        "--lora", metavar="FILE|NAME[:STRENGTH]", action="append", type=str, help="a LoRA; may be given again"
+    )
+    generate.add_argument("--negative", metavar="TEXT", help="what to leave out")
+    generate.add_argument("--cfg", metavar="C", type=float, help="weight between two predictions; 1 = one")
+    generate.add_argument("--guidance", metavar="G", type=float, help="the number a distilled network takes")
+    generate.add_argument("--width", metavar="W", type=int, help="in pixels")
+    generate.add_argument("--height", metavar="H", type=int, help="in pixels")
+    generate.add_argument("--steps", metavar="N", type=int)
+    generate.add_argument("--seed", metavar="N", type=int, help="0 if not given")
+    generate.add_argument("--count", metavar="N", type=int, help="pictures, with seeds counted up")
+    generate.add_argument("--plan", metavar="PLAN", help="auto, w4a4, w4a8, w4a16 or bf16")
+    generate.add_argument("--device", metavar="D", help="auto, cpu or cuda:N")
+    generate.add_argument("--threads", metavar="N", type=int, help="of the processor")
+    generate.add_argument("--noise", metavar="KIND", help="philox, or torch as other programs")
+    generate.add_argument("--recipe", metavar="FILE.png", help="take what is not given here from this picture")
+    generate.add_argument("--jobs", metavar="FILE.jsonl", help="one request a line, by the names of these flags")
+
+    inspect = command("inspect", "Say what a checkpoint, a LoRA or a model folder is.")
+    inspect.add_argument("file", metavar="FILE")
+
+    quantize = command("quantize", "Make a 4-bit checkpoint of a 16-bit one.")
+    quantize.add_argument("source", metavar="SOURCE")
+    quantize.add_argument("--out", metavar="FILE", required=True)
+    quantize.add_argument("--precision", default="int4", metavar="int4|nvfp4")
+    quantize.add_argument("--rank", type=int, default=32, metavar="R")
+    quantize.add_argument("--rounding", default="gptq", metavar="nearest|gptq")
+    quantize.add_argument("--no-smooth", action="store_true")
+    quantize.add_argument("--prompts", default="", metavar="FILE", help="calibration prompts, one a line")
+    quantize.add_argument("--keep", action="append", default=[], metavar="PATTERN=bf16|int8")
+    quantize.add_argument("--device", default="auto", metavar="D")
+    quantize.add_argument("--seed", type=int, default=0, metavar="N")
+
+    verify = command("verify", "Make the picture of a recipe again and compare bytes.")
+    verify.add_argument("file", metavar="FILE.png")
+
+    command("doctor", "Say what this computer is, what it can run and what is missing.")
+    return parser
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of an image request that flags name."""
+    found = {name: getattr(options, name) for name in IMAGE_FIELDS if getattr(options, name) is not None}
+    if options.lora is not None:
+        found["loras"] = tuple(lora_choice(text) for text in options.lora)
+    return found
+
+
+def _recipe_fields(file: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a picture tells of its making, `fields` first; its LoRAs are looked for by their bytes."""
+    from engine import recipe
+    from engine.folders import find_model, read_card
+    from engine.pipelines.verify_picture import find_used_lora
+
+    path = Path(file).expanduser()
+    told = {**recipe.settings_of(recipe.read_png(path)[1], path.name), **fields}
+    loras = told.get("loras", ())
+    if "loras" not in fields and loras:
+        card = read_card(find_model(told.get("model", BUILT_IN_MODEL)))
+        used = [recipe.UsedLora(one["name"], one["sha256"], one["strength"]) for one in loras]
+        told["loras"] = tuple(find_used_lora(one, card, path.name) for one in used)
+    else:
+        told["loras"] = tuple(loras)
+    return told
+
+
+def image_requests(options: argparse.Namespace) -> list[ImageRequest]:
+    """One request, or those of a --jobs file. Raises ProblemError naming the line that is wrong."""
+    fields = _given(options)
+    if options.recipe:
+        fields = _recipe_fields(options.recipe, fields)
+    if not options.jobs:
+        if "prompt" not in fields:
+            raise bad_request("No prompt is given.", "Add --prompt TEXT.")
+        return [_with_out(ImageRequest(**fields, previews=False))]
+    requests = []
+    for number, line in enumerate(_job_lines(Path(options.jobs).expanduser()), start=1):
+        if not line.strip():
+            continue
+        try:
+            requests.append(_with_out(_job_request(line, fields)))
+        except ProblemError as error:
+            problem = error.problem
+            raise ProblemError(replace(problem, what=f"Line {number} of the jobs: {problem.what}")) from None
+        if len(requests) > MAX_JOBS:
+            raise bad_request(f"The jobs file has more than {MAX_JOBS} jobs.", "Split it.")
+    if not requests:
+        raise bad_request("The jobs file has no job in it.", "Write one JSON object a line.")
+    return requests
+
+
+def _with_out(request: ImageRequest) -> ImageRequest:
+    if not request.out:
+        raise bad_request("There is no file to write the picture to.", "Add --out FILE.png.")
+    return request
+
+
+def _job_lines(path: Path) -> list[str]:
+    try:
+        if path.stat().st_size > MAX_JOBS_BYTES:
+            raise bad_file(f"{path.name} is larger than 64 MB.", "Split it.")
+        return path.read_text("utf-8").splitlines()
+    except OSError as error:
+        raise bad_file(f"{path.name} cannot be read.", "Check the name.", str(error)) from None
+    except UnicodeDecodeError as error:
+        raise bad_file(f"{path.name} is not UTF-8 text.", "Save it as UTF-8.", str(error)) from None
+
+
+def _job_request(line: str, defaults: Mapping[str, Any]) -> ImageRequest:
+    from engine.folders import parse_json
+
+    content = parse_json(line, "the line")
+    if not isinstance(content, dict):
+        raise bad_file("It is not a JSON object.", 'Write {"prompt": "...", "out": "..."}.')
+    unknown = content.keys() - {*IMAGE_FIELDS, "lora"}
+    if unknown:
+        raise bad_request(f"There is no field {min(unknown)!r}.", f"Use {', '.join((*IMAGE_FIELDS, 'lora'))}.")
+    fields = {**defaults, **{name: value for name, value in content.items() if name != "lora"}}
+    for name in ("prompt", "negative", "model", "plan", "device", "noise", "out"):
+        if name in fields and not isinstance(fields[name], str):
+            raise bad_request(f"{name} must be text.", "Put it into quotes.")
+    if "lora" in content:
+        loras = content["lora"] if isinstance(content["lora"], list) else [content["lora"]]
+        if not all(isinstance(text, str) for text in loras):
+            raise bad_request("lora must be a text or a list of texts.", 'Write "FILE:STRENGTH".')
+        fields["loras"] = tuple(lora_choice(text) for text in loras)
+    if "prompt" not in fields:
+        raise bad_request("It has no prompt.", 'Add "prompt".')
+    return ImageRequest(**fields, previews=False)
+
+
+def requests_of(options: argparse.Namespace) -> list[Request]:
+    match options.command:
+        case "generate":
+            return list(image_requests(options))
+        case "inspect":
+            return [InspectRequest(options.file)]
+        case "verify":
+            return [VerifyRequest(options.file)]
+        case "doctor":
+            return [DoctorRequest()]
+        case _:
+            return [
+                QuantizeRequest(
+                    source=options.source,
+                    out=options.out,
+                    precision=options.precision,
+                    rank=options.rank,
+                    rounding=options.rounding,
+                    smooth=not options.no_smooth,
+                    prompts=options.prompts,
+                    keep=tuple(_kept_layer(text) for text in options.keep),
+                    device=options.device,
+                    seed=options.seed,
+                )
+            ]
+
+
+# -------------------------------------------------------------------------------------------- what is told
+
+
+class _Progress:
+    """One line on standard error: rewritten in place on a terminal, else a line whenever the words change."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._in_place = stream.isatty()
+        self._last = ""
+
+    def say(self, words: str, detail: str = "") -> None:
+        if self._in_place:
+            self._stream.write(f"\r\x1b[K{words}{detail}")
+        elif words != self._last:
+            self._stream.write(f"{words}\n")
+        self._last = words
+        self._stream.flush()
+
+    def line(self, words: str) -> None:
+        """A line that stays."""
+        self._stream.write(f"\r\x1b[K{words}\n" if self._in_place and self._last else f"{words}\n")
+        self._last = ""
+        self._stream.flush()
+
+    def end(self) -> None:
+        if self._in_place and self._last:
+            self._stream.write("\n")
+            self._stream.flush()
+
+
+def _tell(event: Event, progress: _Progress) -> None:
+    match event:
+        case Loading(what, fraction):
+            progress.say(what, f" {fraction:.0%}")
+        case Notice(what):
+            progress.line(what)
+        case ImageStarted(image, images, seed):
+            progress.say(f"Picture {image} of {images}, seed {seed}")
+        case StepDone(image, images, step, steps, elapsed):
+            progress.say(f"Picture {image} of {images}", f", step {step} of {steps}, {elapsed:.1f} s")
+        case ImageDone(file=file, seconds=seconds):
+            progress.line(f"{file} in {seconds:.1f} s")
+        case QuantizeProgress(what, done, total, left):
+            progress.say(what, f" {done} of {total}, about {left:.0f} s left")
+
+
+def _human(command: str, result: Mapping[str, Any]) -> Iterator[str]:
+    """The result without --json: paths for generate, short tables for the others."""
+    match command:
+        case "generate":
+            yield from result["out"]
+        case "verify":
+            yield (
+                "The bytes are the same."
+                if result["same"]
+                else (
+                    f"{result['pixels_different']} pixels differ, by at most {result['largest_difference']} of 255."
+                )
+            )
+        case "inspect":
+            for key in ("file", "kind", "family", "precision", "ranks", "layers", "usable", "reason", "keys_used"):
+                yield f"{key:12} {result[key]}"
+            for one in result["keys_unused"]:
+                yield f"{'not used':12} {one['key']}: {one['why']}"
+        case "doctor":
+            yield f"Processor    {result['cpu']['name']}, {result['cpu']['threads']} threads"
+            for gpu in result["gpus"]:
+                memory = f"{gpu['memory_bytes'] / 2**30:.0f} GB"
+                yield f"Card         {gpu['name']} ({gpu['arch']}), {memory}, driver {gpu['driver']}"
+                yield f"             4-bit files run {gpu['plan_int4']} (int4) and {gpu['plan_nvfp4']} (nvfp4)"
+            for one in result["problems"]:
+                yield f"- {one['what']} {one['todo']}"
+        case _:
+            yield str(result.get("out", ""))
+
+
+# ------------------------------------------------------------------------------------------------- what is done
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """How one request ended."""
+
+    exit_code: int
+    json: dict[str, Any]
+
+
+def _outcome(final: Final, command: str) -> _Outcome:
+    match final:
+        case Finished(result):
+            return _Outcome(_verified(result) if command == "verify" else 0, dict(result))
+        case Cancelled():
+            return _Outcome(CANCELLED, {"error": {"what": "Stopped.", "todo": "Start it again when you like."}})
+        case Failed(problem):
+            return _failure(problem)
+
+
+def _verified(result: Mapping[str, Any]) -> int:
+    """Other bytes on another machine are the machine's; on the very same one the file is not what it was."""
+    if result["same"]:
+        return 0
+    return 3 if result["differs"] else 2
+
+
+def _failure(problem: Problem) -> _Outcome:
+    return _Outcome(EXIT_CODE[problem.kind], {"error": {"what": problem.what, "todo": problem.todo}})
+
+
+def _run_all(engine: Engine, requests: Sequence[Request], command: str, progress: _Progress) -> list[_Outcome]:
+    """Run every request; a failed one does not stop those behind it, a cancelled one does."""
+    outcomes: list[_Outcome] = []
+    running = [0]
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        if running[0] in stopped:
+            os._exit(CANCELLED)  # asked twice; files are renamed when whole, so nothing half-written stays
+        stopped.add(running[0])
+        engine.cancel(running[0])
+
+    stopped: set[int] = set()
+    with _signals(stop):
+        for job, request in enumerate(requests, start=1):
+            running[0] = job
+            for event in engine.run(job, request):
+                if isinstance(event, Final):
+                    outcomes.append(_outcome(event, command))
+                    if isinstance(event, Failed):
+                        progress.line(str(event.problem))
+                        if event.problem.detail and EXIT_CODE[event.problem.kind] == 1:
+                            progress.line(event.problem.detail)
+                else:
+                    _tell(event, progress)
+            if outcomes[-1].exit_code == CANCELLED:
+                progress.line("Stopped.")
+                break
+    return outcomes
+
+
+@contextlib.contextmanager
+def _signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Ctrl-C and a polite kill cancel the job, and it ends as cancelled jobs do."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in words
+    progress = _Progress(sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        options = _parser().parse_args(words)
+        requests = requests_of(options)
+        from engine.session import Engine
+
+        outcomes = _run_all(Engine(), requests, options.command, progress)
+        progress.end()
+        result = _joined(options, outcomes)
+        if not as_json:
+            for outcome in outcomes:
+                if "error" not in outcome.json:
+                    print(*_human(options.command, outcome.json), sep="\n")
+    except ProblemError as error:
+        progress.line(str(error.problem))
+        result = _failure(error.problem)
+    except KeyboardInterrupt:
+        result = _outcome(Cancelled(), "")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read our output is gone: nothing to say any more
+        return 1
+    except Exception as error:
+        problem = internal_error(repr(error))
+        progress.line(f"{problem} {problem.detail}")
+        result = _failure(problem)
+    if as_json:
+        print(json.dumps(result.json))
+    return result.exit_code
+
+
+def _joined(options: argparse.Namespace, outcomes: Sequence[_Outcome]) -> _Outcome:
+    """One object for everything: the result itself, or with --jobs a list of them and the first failure's code."""
+    if getattr(options, "jobs", None) is None:
+        return outcomes[0]
+    code = next((outcome.exit_code for outcome in outcomes if outcome.exit_code), 0)
+    return _Outcome(code, {"jobs": [outcome.json for outcome in outcomes]})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""A look at this machine: what it is, which plan its linears run by, what is missing and the one thing to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.device import OLDEST_ARCH, PLANS_WITH_KERNELS, best_plan
+from engine.folders import list_models
+from engine.monitor import Monitor, cpu_name, cpu_threads
+
+
+def look_at_machine() -> dict[str, Any]:
+    """What `doctor` prints as JSON (shape: engine/cli.schema.json). Never fails: what is wrong is listed."""
+    sample = Monitor().sample()
+    problems: list[dict[str, str]] = []
+    gpus = []
+    for card in sample.gpus:
+        plans = {precision: best_plan(card.arch, precision).plan for precision in ("int4", "nvfp4")}
+        gpus.append(
+            {
+                "name": card.name,
+                "arch": f"sm_{card.arch}",
+                "memory_bytes": card.total_bytes,
+                "free_bytes": card.free_bytes,
+                "driver": card.driver,
+                "plan_int4": plans["int4"],
+                "plan_nvfp4": plans["nvfp4"],
+            }
+        )
+        if card.arch < OLDEST_ARCH:
+            problems.append(_problem(f"{card.name} is older than sm_75.", "Pictures are made on the processor."))
+        missing = sorted({plan for plan in plans.values() if plan != "w4a16" and plan not in PLANS_WITH_KERNELS})
+        if missing:
+            problems.append(
+                _problem(
+                    f"This version has no kernels for {' and '.join(missing)} yet; {card.name} runs w4a16.",
+                    "Update Tonfa when a version with kernels is out.",
+                )
+            )
+    if not gpus:
+        problems.append(
+            _problem(
+                "No NVIDIA graphics card was found; pictures are made on the processor.",
+                "If there is one, install NVIDIA's driver.",
+            )
+        )
+    else:
+        problems += _torch_problems(sample.gpus[0].driver)
+    for model in list_models():
+        if model.problem:
+            problems.append(_problem(f"The model {model.name} cannot be used.", model.problem))
+    if not any(not model.problem for model in list_models()):
+        problems.append(
+            _problem("There is no model that can be used.", "Put a model's folder into a models folder.")
+        )
+    return {
+        "gpus": gpus,
+        "cpu": {"name": cpu_name(), "threads": cpu_threads(), "memory_bytes": sample.total_bytes},
+        "problems": problems,
+    }
+
+
+def _torch_problems(driver: str) -> list[dict[str, str]]:
+    import torch
+
+    if torch.version.cuda is None:
+        return [_problem("This installation of torch is for the CPU only.", "Run the installer again.")]
+    if not torch.cuda.is_available():
+        return [
+            _problem(f"The driver {driver} is too old for CUDA {torch.version.cuda}.", "Update NVIDIA's driver.")
+        ]
+    return []
+
+
+def _problem(what: str, todo: str) -> dict[str, str]:
+    return {"what": what, "todo": todo}

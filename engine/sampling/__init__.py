@@ -1,0 +1,1 @@
+"""From noise to latents: sigmas, Euler steps, guidance, noise. Takes a function, knows no network."""

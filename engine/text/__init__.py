@@ -1,0 +1,1 @@
+"""Prompts to embeddings: tokenizers, T5, CLIP. Network code is transformers'; files are checked and read by us."""
