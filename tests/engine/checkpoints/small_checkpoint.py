@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import cycle
 from pathlib import Path
 
@@ -64,10 +65,11 @@ class SmallFlux:
         return folder
 
 
+@cache
 def small_flux(
     precision: Precision = "int4", names: Names = "v1", ranks: tuple[int, ...] = (16, 32), seed: int = 0
 ) -> SmallFlux:
-    """Random weights, quantized to the nearest; layers take `ranks` in turn."""
+    """Random weights, quantized to the nearest; layers take `ranks` in turn. Not to be written to."""
     maker = _Maker(precision, names, cycle(ranks), torch.Generator().manual_seed(seed))
     v1 = names == "v1"
     for name, rows, columns in (
@@ -184,9 +186,10 @@ class _Maker:
         rank, group = next(self.ranks), GROUP_SIZE[self.precision]
         smooth = (0.5 + 1.5 * torch.rand(k, generator=self.generator)).bfloat16()
         smoothed = self.weight(n, k).double() * smooth.double()
-        u, s, vt = torch.linalg.svd(smoothed, full_matrices=False)
-        up = (u[:, :rank] * s[:rank]).bfloat16()
-        down = (vt[:rank] / smooth.double()).T.bfloat16()
+        # Any rank-R part will do; this is the one a random projection finds, which takes no SVD.
+        basis = torch.linalg.qr(smoothed.float() @ self.random(k, rank))[0]
+        up = basis.bfloat16()
+        down = ((basis.T @ smoothed.float()) / smooth.float()).T.bfloat16()
         residual = smoothed - up.double() @ (down.double() * smooth.double().unsqueeze(-1)).T
         wtscale: Tensor | None = None
         wcscales: Tensor | None = None
