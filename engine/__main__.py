@@ -135,6 +135,7 @@ def _parser() -> _Parser:
 
     verify = command("verify", "Make the picture of a recipe again and compare bytes.")
     verify.add_argument("file", metavar="FILE.png")
+    verify.add_argument("--model", metavar="NAME|PATH", help="where the model is, if not in a models folder")
 
     command("doctor", "Say what this computer is, what it can run and what is missing.")
     return parser
@@ -238,7 +239,7 @@ def requests_of(options: argparse.Namespace) -> list[Request]:
         case "inspect":
             return [InspectRequest(options.file)]
         case "verify":
-            return [VerifyRequest(options.file)]
+            return [VerifyRequest(options.file, options.model or "")]
         case "doctor":
             return [DoctorRequest()]
         case _:

@@ -147,9 +147,10 @@ class InspectRequest:
 
 @dataclass(frozen=True, slots=True)
 class VerifyRequest:
-    """Make the picture of a recipe again and compare bytes."""
+    """Make the picture of a recipe again and compare bytes. model: "" for the one the recipe names."""
 
     file: str
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)

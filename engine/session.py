@@ -253,7 +253,7 @@ class Engine:
         path = Path(request.file).expanduser()
         pixels, texts = recipe.read_png(path)
         told = recipe.recipe_of(texts, path.name)
-        image = request_of(told, path.name)
+        image = request_of(told, path.name, request.model)
         job = self._prepared_job(image)
         model, _, _ = yield from self._ready(job, image.threads, check)
         picture = job.settled.pictures[0]

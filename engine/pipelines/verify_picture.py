@@ -8,9 +8,10 @@ from typing import Any, get_args
 
 import numpy as np
 
+from engine.checkpoints.bundle import read_bundle
 from engine.device import choose_device
 from engine.events import Pixels
-from engine.folders import ModelCard, comfy_files, find_model, read_card, sha256
+from engine.folders import ModelCard, comfy_files, find_model, list_models, read_card, sha256
 from engine.problems import ProblemError, bad_file, bad_request
 from engine.recipe import Recipe, UsedLora
 from engine.requests import ImageRequest, LoraChoice, NoiseKind, Plan
@@ -60,12 +61,37 @@ def find_used_lora(used: UsedLora, card: ModelCard, picture: str) -> LoraChoice:
     )
 
 
-def request_of(recipe: Recipe, picture: str) -> ImageRequest:
+def find_used_model(recipe: Recipe, picture: str, model: str) -> tuple[ModelCard, bool]:
+    """The model a recipe names, and whether its network is the very same file.
+
+    Of several with that name the one with those bytes; `model` (a name or folder) where it is not "". Raises
+    ProblemError where there is none.
+    """
+    if model:
+        cards = [read_card(find_model(model))]
+    else:
+        cards = [card for card in list_models() if not card.problem and card.name == recipe.model]
+    if not cards:
+        raise bad_request(
+            f"The model {recipe.model} of {picture} is not on this computer.",
+            "Put its folder into a models folder.",
+        )
+    used = recipe.files.get("transformer")
+    for card in cards:
+        network = read_bundle(Path(card.folder)).weights["transformer"].path
+        if used is not None and network.is_file() and sha256(network) == used.sha256:
+            return card, True
+    return cards[0], False
+
+
+def request_of(recipe: Recipe, picture: str, model: str = "") -> ImageRequest:
     """The request that makes a recipe's picture again, on the processor where its graphics card is missing.
+
+    model: a name or folder to use, "" for the one the recipe names.
 
     Raises ProblemError where the model or a LoRA is not on this machine.
     """
-    card = read_card(find_model(recipe.model))
+    card, same_network = find_used_model(recipe, picture, model)
     loras = tuple(find_used_lora(used, card, picture) for used in recipe.loras)
     if recipe.noise not in get_args(NoiseKind) or recipe.plan not in get_args(Plan):
         raise bad_file(
@@ -88,7 +114,7 @@ def request_of(recipe: Recipe, picture: str) -> ImageRequest:
         seed=recipe.seed,
         guidance=recipe.guidance,
         cfg=recipe.cfg,
-        plan="auto" if missing else recipe.plan,  # type: ignore[arg-type]
+        plan=recipe.plan if same_network and not missing else "auto",  # type: ignore[arg-type]
         device=device,
         threads=recipe.machine.threads or None,
         noise=recipe.noise,  # type: ignore[arg-type]
