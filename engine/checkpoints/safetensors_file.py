@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engine.checkpoints.safe_json import parse_json
 from engine.checkpoints.safetensors_header import DTYPES, MAX_HEADER_BYTES, HeaderError, parse_header, shown
-from engine.problems import ProblemError, bad_file, machine_cannot, not_enough_memory
+from engine.problems import Problem, ProblemError, ProblemKind, bad_file, machine_cannot
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 PICKLE_MAGICS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -61,7 +61,7 @@ class SafetensorsFile:
         try:
             data = torch.empty(info.num_bytes, dtype=torch.uint8)
         except (RuntimeError, MemoryError):
-            raise ProblemError(not_enough_memory(info.num_bytes / 2**30, 0.0, "memory")) from None
+            raise ProblemError(_no_memory(info, name)) from None
         try:
             with open(info.path, "rb", buffering=0) as file:
                 changed = _stamp(file) != self.stamps[info.path]
@@ -134,6 +134,15 @@ def unreadable(path: Path, error: Exception) -> ProblemError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return bad_file(
         f"{shown(str(path))} cannot be read: {reason}.", "Check the file and its permissions.", repr(error)
+    )
+
+
+def _no_memory(info: TensorInfo, name: str) -> Problem:
+    return Problem(
+        ProblemKind.MEMORY,
+        what=f"{info.path.name} cannot be read: tensor {shown(name)} needs {info.num_bytes / 2**30:.1f} GB of memory.",
+        todo="Close other programs, or choose a smaller model.",
+        detail=str(info.path),
     )
 
 

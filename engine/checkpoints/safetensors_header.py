@@ -106,7 +106,10 @@ def parse_header(header: bytes, data_bytes: int) -> tuple[dict[str, str], dict[s
     cursor.expect_end()
     _check_layout(tensors, data_bytes)
     # Last, because a refusal must not have copied megabytes of text first; the strings are known to be sound.
-    return {json.loads(key): json.loads(value) for key, value in (metadata or {}).items()}, tensors
+    text = {json.loads(key): json.loads(value) for key, value in (metadata or {}).items()}
+    if len(text) != len(metadata or {}):  # one key, escaped in two ways
+        raise HeaderError("a key stands in '__metadata__' twice")
+    return text, tensors
 
 
 def _check_utf8(header: bytes) -> None:

@@ -69,6 +69,7 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "field twice": (raw(b'{"w":{"dtype":"F32","dtype":"F32"}}', b""), "each once"),
     "metadata twice": (raw(b'{"__metadata__":{},"__metadata__":{}}', b""), "'__metadata__'.*twice"),
     "metadata key twice": (raw(b'{"__metadata__":{"a":"","a":""}}', b""), "key.*twice"),
+    "metadata key twice, spelled apart": (raw(b'{"__metadata__":{"a":"","\\u0061":""}}', b""), "key.*twice"),
     "metadata of numbers": (raw(b'{"__metadata__":{"a":1}}', b""), "expected a string in '__metadata__'"),
     "half a character": (raw(b'{"\\ud800":{}}', b""), "expected a string"),
     "deep nesting": (raw(b'{"w":' + b"[" * 100_000, b""), "expected '{' in tensor 'w'"),
