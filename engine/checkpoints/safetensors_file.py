@@ -140,7 +140,7 @@ def unreadable(path: Path, error: Exception) -> ProblemError:
 def _no_memory(info: TensorInfo, name: str) -> Problem:
     return Problem(
         ProblemKind.MEMORY,
-        what=f"{info.path.name} cannot be read: tensor {shown(name)} needs {info.num_bytes / 2**30:.1f} GB of memory.",
+        what=f"Tensor {shown(name)} of {info.path.name} needs {info.num_bytes / 2**30:.1f} GB of memory.",
         todo="Close other programs, or choose a smaller model.",
         detail=str(info.path),
     )
