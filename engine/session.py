@@ -460,6 +460,8 @@ def _lora_json(report: LoraReport) -> dict[str, Any]:
         "strength": report.strength,
         "keys_used": report.keys_used,
         "keys_unused": [{"key": one.key, "why": one.why} for one in report.keys_unused],
+        "layers_used": report.layers_used,
+        "layers": report.layers,
     }
 
 
