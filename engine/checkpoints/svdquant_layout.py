@@ -14,7 +14,7 @@ from torch import Tensor
 TILE = 128  # rows of a weight tile, and what N and K are padded to
 RANK_TILE = 16
 MICRO = 64  # in channels of one matrix instruction
-CACHE_BYTES = 1 << 20
+CACHE_BYTES = 4 << 20
 
 
 def padded(size: int, multiple: int) -> int:
