@@ -198,6 +198,7 @@ class Theme(QObject):
     def __init__(self, app: QApplication) -> None:
         super().__init__(app)
         self._app = app
+        self._dressed = False
         app.setStyle("Fusion")
         app.setFont(font("body"))
         app.setWindowIcon(app_icon())
@@ -209,7 +210,10 @@ class Theme(QObject):
     def follow(self, wanted: Qt.ColorScheme) -> None:
         """Unknown means dark: pictures are judged more easily on a dark ground."""
         global _scheme
-        _scheme = "light" if wanted == Qt.ColorScheme.Light else "dark"
+        before, _scheme = _scheme, "light" if wanted == Qt.ColorScheme.Light else "dark"
+        if self._dressed and before == _scheme:
+            return  # polishing a whole window again costs a tenth of a second
+        self._dressed = True
         self._app.setPalette(palette())
         self._app.setStyleSheet(style_sheet())
         self.changed.emit()

@@ -167,7 +167,7 @@ class GenerationState(QObject):
         return True
 
     def _submit(self, request: ImageRequest, first: bool = False) -> None:
-        job = Job(self._engine.submit(request, first), request, self._expected_s(request))
+        job = Job(self._engine.submit(request, first), request, self._expected_s())
         at = 1 if first and self.jobs and self.running else 0 if first else len(self.jobs)
         self.jobs.insert(at, job)
         if len(self.jobs) == 1:
@@ -239,6 +239,8 @@ class GenerationState(QObject):
     def on_planned(self, answer: Planned | Failed) -> None:
         if isinstance(answer, Planned):
             self.planned, self.plan_problem = answer, ""
+            if self.model.words.startswith("Ready"):
+                self._show_ready(self.device)
         else:
             self.planned, self.plan_problem = None, answer.problem.what
         self.changed.emit()
@@ -256,8 +258,8 @@ class GenerationState(QObject):
         match event:
             case Loading(what, fraction):
                 self._show_loading(what, fraction)
-            case Prepared(_, device, plan):
-                self._show_ready(device, plan)
+            case Prepared(device=device):
+                self._show_ready(device)
             case Failed(problem):
                 request = self._prepare[1] if self._prepare else None
                 self.model = ModelState("Not loaded")
@@ -265,7 +267,7 @@ class GenerationState(QObject):
         if isinstance(event, Final):
             self._prepare = None
             if isinstance(event, Finished) and self.model.loading is not None:
-                self._show_ready(self.device, "")
+                self._show_ready(self.device)
             if isinstance(event, Cancelled):
                 self.model = ModelState("Not loaded")
             self._planned_for = None  # what is loaded changes what a picture needs more
@@ -280,11 +282,10 @@ class GenerationState(QObject):
         ready = "" if left is None else f", ready in {words.about(max(1.0, left))}"
         self.model = ModelState(f"Loading{ready}", fraction)
 
-    def _show_ready(self, device: str, plan: str) -> None:
+    def _show_ready(self, device: str) -> None:
         self.device = device or self.device
-        bits = "16-bit" if plan == "bf16-file" else "4-bit"
-        where = "graphics memory" if self.device.startswith("cuda") else "system memory"
-        self.model = ModelState(f"{bits} · in {where}")
+        on_card = self.planned is not None and self.planned.device_bytes > 0
+        self.model = ModelState(f"Ready · in {'graphics' if on_card else 'system'} memory")
         if self.device:
             self.device_known.emit(self.device)
 
@@ -310,8 +311,8 @@ class GenerationState(QObject):
                 now.loading = what
                 self._show_loading(what, fraction)
                 self.changed.emit()
-            case Prepared(_, device, plan):
-                self._show_ready(device, plan)
+            case Prepared(device=device):
+                self._show_ready(device)
             case Notice(what):
                 self.notice = what
             case ImageStarted(image, images_, seed, steps, width, height):
@@ -319,7 +320,7 @@ class GenerationState(QObject):
                 now.width, now.height, now.step, now.elapsed_s = width, height, 0, 0.0
                 now.preview, now.loading = None, ""
                 if self.model.loading is not None:
-                    self._show_ready(self.device, "")
+                    self._show_ready(self.device)
                 self.announced.emit(f"Making picture {image} of {images_}" if images_ > 1 else "Making the picture")
                 self.changed.emit()
             case StepDone(step=step, steps=steps, elapsed_s=elapsed, preview=preview):
@@ -360,6 +361,7 @@ class GenerationState(QObject):
 
     def _end(self, job: Job) -> None:
         self.jobs.remove(job)
+        self.notice = ""
         if self.running is not None and self.running.job is job:
             self.running = None
             if self.stopped is None and not self.jobs and self.shown is None:
@@ -417,8 +419,9 @@ class GenerationState(QObject):
             self._planned_for = request
             self._engine.plan(request)
 
-    def _expected_s(self, request: ImageRequest) -> float | None:
-        return None if self.planned is None else self.planned.seconds
+    def _expected_s(self) -> float | None:
+        """For the request in the composer. A prediction made while the model loads counts the loading, too."""
+        return None if self.planned is None or self.model.loading is not None else self.planned.seconds
 
     # -- words --
 
@@ -464,7 +467,7 @@ class GenerationState(QObject):
 
     def _waiting_words(self, waiting: list[Job]) -> str:
         if not waiting:
-            return ""
+            return self.notice
         known = [job.predicted_s for job in waiting]
         total = sum(one for one in known if one is not None)
         when = f", {words.about(total)}" if None not in known else ""

@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 from PySide6.QtCore import QObject, QThread, Signal, Slot
@@ -63,7 +63,10 @@ class _Sampler(QThread):
         while not self._stop.is_set():
             pid = self._engine_pid()
             with contextlib.suppress(psutil.Error):
-                self.sampled.emit(monitor.sample(pid if pid is not None else -1), me.memory_info().rss)
+                sample = monitor.sample(pid)
+                if pid is None:  # then it is about this process, and the engine has none
+                    sample = replace(sample, our_bytes=0)
+                self.sampled.emit(sample, me.memory_info().rss)
             self._stop.wait(EVERY_S)
 
     def stop(self) -> None:
@@ -79,7 +82,7 @@ class MemoryState(QObject):
         self.now: MemoryNow | None = None
         self.others: deque[float] = deque(maxlen=KEPT)  # shares of the whole, oldest first
         self.used: deque[float] = deque(maxlen=KEPT)
-        self._device = "auto"
+        self._device = ""  # its name, once the engine has said it
         self._sampler: _Sampler | None = None
 
     def watch(self, engine_pid: Callable[[], int | None]) -> None:
@@ -93,7 +96,7 @@ class MemoryState(QObject):
             self._sampler.stop()
 
     def set_device(self, device: str) -> None:
-        """Where the engine computes, "cpu" or "cuda:N": that memory is the one to show."""
+        """The name of what the engine computes on: a card's, or the processor's. Its memory is the one to show."""
         if device != self._device:
             self._device = device
             self.others.clear()
@@ -108,10 +111,9 @@ class MemoryState(QObject):
         self.changed.emit()
 
     def _gpu(self, sample: Sample) -> GpuSample | None:
-        if self._device == "cpu" or not sample.gpus:
-            return None
-        index = int(self._device.partition(":")[2] or 0) if self._device.startswith("cuda") else 0
-        return sample.gpus[index] if index < len(sample.gpus) else sample.gpus[0]
+        if not self._device:
+            return sample.gpus[0] if sample.gpus else None
+        return next((gpu for gpu in sample.gpus if gpu.name == self._device), None)
 
     # -- words --
 

@@ -1,0 +1,64 @@
+"""`python -m app` from nothing to a painted window, in its own process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HEAVY = {"torch", "transformers", "diffusers", "tokenizers", "safetensors", "huggingface_hub", "PIL", "cuda"}
+
+START = """
+import json, sys
+from PySide6.QtCore import QEvent, QObject, QTimer
+from PySide6.QtWidgets import QApplication
+import app.__main__ as program
+
+class Watch(QObject):
+    def eventFilter(self, watched, event):
+        if event.type() == QEvent.Type.Paint:
+            QTimer.singleShot(SECONDS * 1000, finish)
+            QApplication.instance().removeEventFilter(self)
+        return False
+
+def finish():
+    window = next(w for w in QApplication.topLevelWidgets() if w.windowTitle() == "Tonfa")
+    heavy = sorted({name.partition(".")[0] for name in sys.modules} & set(NAMES))
+    print(json.dumps({"title": window.windowTitle(), "visible": window.isVisible(), "heavy": heavy}), flush=True)
+    window.close()
+
+watch = Watch()
+original = QApplication.exec
+def run(*arguments):
+    QApplication.instance().installEventFilter(watch)
+    return original()
+QApplication.exec = run
+sys.exit(program.main())
+"""
+
+
+def start(home: Path, seconds: int) -> tuple[int, dict[str, object]]:
+    script = START.replace("SECONDS", str(seconds)).replace("NAMES", repr(sorted(HEAVY)))
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "TONFA_HOME": str(home)},
+        check=False,
+    )
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_window_is_up_without_torch_and_ends_when_closed(tmp_path: Path) -> None:
+    code, told = start(tmp_path, seconds=1)
+    assert code == 0
+    assert told == {"title": "Tonfa", "visible": True, "heavy": []}
+
+
+def test_importing_the_program_brings_no_window_and_no_qt() -> None:
+    script = "import sys, app.__main__; sys.exit('PySide6' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == 0
