@@ -14,6 +14,7 @@ if [ ! -x "$here/.venv/bin/python" ]; then
     echo "Tonfa is not set up yet. Run: python3 installer/install.py --run" >&2
     exit 3
 fi
+unset PYTHONPATH PYTHONHOME
 cd "$here" && exec .venv/bin/python -m app "$@"
 """
 
@@ -21,6 +22,8 @@ _BATCH = """\
 @echo off
 rem Opens Tonfa's window. Written by installer/install.py.
 cd /d "%~dp0"
+set PYTHONPATH=
+set PYTHONHOME=
 if not exist .venv\\Scripts\\pythonw.exe (
     echo Tonfa is not set up yet. Run: py installer\\install.py --run
     pause

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -68,3 +69,35 @@ class Report:
 def megabytes(size: float) -> str:
     """A size in words: "13 MB", "1.9 GB"."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+_REASONS = (
+    (r"No space left on device|Errno 28|not enough space on the disk", "The disk is full.", "Make some space"),
+    (
+        r"CERTIFICATE_VERIFY_FAILED|SSLError",
+        "The package server's certificate is not trusted here (a proxy or a wrong clock can be the reason).",
+        "Set PIP_CERT to your network's certificate file, or set the clock",
+    ),
+    (
+        r"NewConnectionError|NameResolutionError|Temporary failure in name resolution|getaddrinfo failed|ProxyError"
+        r"|ConnectTimeout|Connection refused|Network is unreachable|Read timed out|Connection reset|IncompleteRead",
+        "The packages could not be downloaded: the package server cannot be reached.",
+        "Check the network connection (and the proxy's settings)",
+    ),
+    (r"Permission denied|Errno 13|Read-only file system", "A file may not be written.", "Make the folder writable"),
+)
+
+
+def explain(said: str, what: str, log: Path) -> StopError:
+    """Turn pip's words into one sentence and one next step; the log has the rest."""
+    for pattern, reason, todo in _REASONS:
+        if re.search(pattern, said):
+            return StopError(reason, f"{todo}, then run this again: it goes on where it stopped. Details: {log}")
+    # pip 23 calls a pinned version that it cannot find a conflict with the constraint.
+    if missing := re.search(r"No matching distribution found for (\S+)|requested \(constraint\) (\S+)", said):
+        python = f"{sys.version_info.major}.{sys.version_info.minor}"
+        return StopError(
+            f"No package server has {missing[1] or missing[2]} for Python {python}.",
+            f"Use Python 3.11, 3.12 or 3.13, or check pip's configuration. Details: {log}",
+        )
+    return StopError(what, f"Run this again; if it stops at the same place, the reason is in {log}")

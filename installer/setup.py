@@ -6,12 +6,13 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from installer import environment, machine
-from installer.environment import Pip, Wanted, python_of
+from installer import environment, machine, packages
+from installer.environment import Wanted, clean_environment, python_of
 from installer.launchers import add_to_menu, write_launchers
 from installer.report import Report, StopError, megabytes
 
@@ -94,28 +95,27 @@ def _install(venv: Path, build: machine.Build, wanted: Wanted, report: Report, l
     report.step("Making the Python environment .venv")
     (venv / environment.STAMP).unlink(missing_ok=True)
     environment.make_venv(venv, report, lock)
-    pip = Pip(ROOT, report, lock)
+    pip = packages.Pip(ROOT, report, lock)
     pip.update_itself()
 
-    version = environment.pinned_torch((ROOT / "installer" / "constraints.txt").read_text(encoding="utf-8"))
+    version = packages.pinned_torch((ROOT / "installer" / "constraints.txt").read_text(encoding="utf-8"))
     report.step(f"Installing PyTorch {version} for the {'graphics card' if build.kind == 'cuda' else 'processor'}")
     if wanted.torch_index:
-        sources = [environment.TorchSource(f"torch=={version}", wanted.torch_index)]
+        sources = [packages.TorchSource(f"torch=={version}", wanted.torch_index)]
     else:
-        sources = environment.torch_sources(
-            build.kind, version, pip.offered_torch, sys.platform, platform.machine()
-        )
+        sources = packages.torch_sources(build.kind, version, pip.offered_torch, sys.platform, platform.machine())
     if sources[0].large:
         report.say("Only the large build for graphics cards can be had here; it works without a card too.")
         machine.check_space(ROOT, "cuda", already)
-    environment.install_torch(pip, sources, report)
+    packages.install_torch(pip, sources, report)
 
     report.step("Installing the other packages")
     extras = [name for name, needed in (("tests", wanted.tests), ("gpu", build.kind == "cuda")) if needed]
     pip.install("--no-build-isolation", "-e", f".[{','.join(extras)}]" if extras else ".")
 
     report.step("Checking that everything works")
-    environment.check_imports(venv, build, report)
+    packages.check_imports(venv, build, report)
+    shutil.rmtree(ROOT / ".build" / "tmp", ignore_errors=True)
     environment.write_stamp(venv, wanted)
     start, *_ = write_launchers(ROOT)
     report.say(f"Ready. From now on {start.name} starts Tonfa.")
@@ -129,11 +129,10 @@ def run_tests() -> int:
     processors = os.cpu_count() or 1
     workers = min(4, processors)  # each holds torch and a small model: about 1 GB
     threads = str(max(1, processors // workers))
-    inherited = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     quiet = {"QT_QPA_PLATFORM": "offscreen", "OMP_NUM_THREADS": threads}
     command = [str(python_of(ROOT / ".venv")), "-m", "pytest", "-q", "-n", str(workers), "--dist", "worksteal"]
     print(f"Running the tests on {workers} processors", flush=True)
-    return subprocess.run(command, cwd=ROOT, env=inherited | quiet, check=False).returncode
+    return subprocess.run(command, cwd=ROOT, env=clean_environment() | quiet, check=False).returncode
 
 
 def window_may_open(report: Report) -> bool:
@@ -144,7 +143,9 @@ def window_may_open(report: Report) -> bool:
     code = "from PySide6.QtGui import QGuiApplication; QGuiApplication([])"
     command = [str(python_of(ROOT / ".venv")), "-c", code]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(
+            command, env=clean_environment(), capture_output=True, text=True, timeout=30, check=False
+        )
         if done.returncode == 0:
             return True
         report.note(done.stderr)
@@ -159,14 +160,18 @@ def open_window() -> int:
     if sys.platform.startswith("linux"):
         add_to_menu(ROOT)
     print("Opening the window", flush=True)
-    return subprocess.run([str(python_of(ROOT / ".venv")), "-m", "app"], cwd=ROOT, check=False).returncode
+    command = [str(python_of(ROOT / ".venv")), "-m", "app"]
+    return subprocess.run(command, cwd=ROOT, env=clean_environment(), check=False).returncode
 
 
 def make_first_picture(report: Report) -> int:
     """Make one picture with the built-in model and print its path. Returns the engine's exit code."""
     python = str(python_of(ROOT / ".venv"))
     where = "from engine.folders import next_picture, todays_pictures; print(next_picture(todays_pictures(), 0))"
-    asked = subprocess.run([python, "-c", where], cwd=ROOT, capture_output=True, text=True, check=False)
+    variables = clean_environment()
+    asked = subprocess.run(
+        [python, "-c", where], cwd=ROOT, env=variables, capture_output=True, text=True, check=False
+    )
     if asked.returncode:
         report.note(asked.stderr)
         last = (asked.stderr.strip().splitlines() or [""])[-1]
@@ -175,7 +180,7 @@ def make_first_picture(report: Report) -> int:
         )
     file = asked.stdout.strip()
     command = [python, "-m", "engine", "generate", "--prompt", FIRST_PROMPT, "--out", file, "--json"]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True, check=False)
     report.note(done.stdout)
     if done.returncode:
         return done.returncode  # the engine has said what happened, and what to do

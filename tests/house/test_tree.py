@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST_TREE = 54 * 2**20  # bytes
-NOT_TRACKED = {".git", ".venv", ".build", "build", "dist", "__pycache__", ".hypothesis", ".pytest_cache"}
+NOT_TRACKED = {".git", ".venv", ".build", "build", "dist", "__pycache__", ".hypothesis"}
+LAUNCHERS = {"Tonfa.desktop", "tonfa.sh", "Tonfa.bat"}  # written by the installer, not tracked either
 # Words of paths that exist on one machine only; put together here, so that this file does not find itself.
 PLACES = ["work", "root", "opt/wheels", "opt/pypi", "home/ann"]
 MACHINE_PATHS = re.compile(
@@ -33,7 +34,7 @@ def tracked_files() -> list[Path]:
         folders[:] = [
             name for name in folders if name not in NOT_TRACKED and not name.endswith(("_cache", ".egg-info"))
         ]
-        found += [Path(where, name) for name in names]
+        found += [Path(where, name) for name in names if name not in LAUNCHERS]
     return found
 
 

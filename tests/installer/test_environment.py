@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from installer import environment
-from installer.environment import PYTORCH_INDEX, Pip, TorchSource, Wanted, torch_sources
-from installer.report import Report, StopError
+from installer import environment, packages
+from installer.environment import Wanted
+from installer.packages import PYTORCH_INDEX, Pip, TorchSource, torch_sources
+from installer.report import Report, StopError, explain
 
 ROOT = Path(__file__).resolve().parents[2]
 WANTED = Wanted(build="cpu", torch_index="", tests=False, digest="abc")
@@ -74,15 +75,15 @@ def test_the_registrys_build_for_windows_is_the_small_one():
 
 def test_versions_are_read_from_what_pip_prints():
     said = "torch (2.15.0)\nAvailable versions: 2.15.0, 2.13.0+cpu, 2.13.0\n  INSTALLED: 2.13.0+cpu\n"
-    assert environment.parse_versions(said) == ["2.15.0", "2.13.0+cpu", "2.13.0"]
-    assert environment.parse_versions("ERROR: No matching distribution found for torch") == []
+    assert packages.parse_versions(said) == ["2.15.0", "2.13.0+cpu", "2.13.0"]
+    assert packages.parse_versions("ERROR: No matching distribution found for torch") == []
 
 
 def test_the_constraints_pin_every_package_that_is_installed_here():
     text = (ROOT / "installer" / "constraints.txt").read_text()
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert all("==" in line and "+" not in line for line in lines)
-    assert environment.pinned_torch(text) in text
+    assert packages.pinned_torch(text) in text
     pinned = {line.split("==")[0].lower().replace("-", "_").replace(".", "_") for line in lines}
     for named in ("torch", "numpy", "safetensors", "pyside6_essentials", "transformers", "diffusers", "tokenizers"):
         assert named in pinned
@@ -160,24 +161,24 @@ def test_a_half_made_environment_does_not_work(tmp_path, root, leave):
 
 
 def test_packages_cut_short_are_forgotten_and_whole_ones_kept(tmp_path):
-    packages = tmp_path / "lib" / "python3.11" / "site-packages"
+    site = tmp_path / "lib" / "python3.11" / "site-packages"
     for name, files in {
         "whole-1.dist-info": ["METADATA", "RECORD"],
         "cut-1.dist-info": ["METADATA"],
         "~orch": [],
     }.items():
-        (packages / name).mkdir(parents=True)
+        (site / name).mkdir(parents=True)
         for file in files:
-            (packages / name / file).touch()
+            (site / name / file).touch()
     assert sorted(environment.heal(tmp_path)) == ["cut-1.dist-info", "~orch"]
-    assert [path.name for path in packages.iterdir()] == ["whole-1.dist-info"]
+    assert [path.name for path in site.iterdir()] == ["whole-1.dist-info"]
 
 
 def test_making_again_heals_what_works(root, report):
-    packages = next((root / ".venv").glob("[lL]ib*/**/site-packages"))
-    (packages / "cut-1.dist-info").mkdir()
+    site = next((root / ".venv").glob("[lL]ib*/**/site-packages"))
+    (site / "cut-1.dist-info").mkdir()
     environment.make_venv(root / ".venv", report, 0)
-    assert not (packages / "cut-1.dist-info").exists()
+    assert not (site / "cut-1.dist-info").exists()
     assert "cut-1" in report.log_text()
 
 
@@ -245,7 +246,7 @@ def test_a_package_that_nobody_has_is_named(root, report, no_settings, monkeypat
     ],
 )
 def test_each_failure_is_one_sentence_and_one_step(said, what):
-    stop = environment.explain(said, "The packages could not be installed.", Path("install.log"))
+    stop = explain(said, "The packages could not be installed.", Path("install.log"))
     assert what in stop.what
     assert "install.log" in stop.todo
 
