@@ -76,7 +76,10 @@ def prepare(options: argparse.Namespace, report: Report) -> None:
         index = options.torch_index or (have.torch_index if have else "")
         index = "" if index == "auto" else index
         wanted = Wanted(build.kind, index, options.test, environment.digest(ROOT))
-        if not (environment.satisfies(have, wanted) and environment.works(venv)):
+        if environment.satisfies(have, wanted) and environment.works(venv):
+            if options.test or machine.has_display():  # it may have been made where no window was needed
+                machine.install_system_packages(report, need_window=True)
+        else:
             if have:  # what a person tests with stays when only --run is asked for
                 wanted = Wanted(build.kind, index, options.test or have.tests, wanted.digest)
             print(f"Setting up Tonfa in {ROOT}", flush=True)
