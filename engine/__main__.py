@@ -420,6 +420,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(words)
         requests = requests_of(options)
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch comes; engine/host.py says why
         from engine.session import Engine
 
         outcomes = _run_all(Engine(), requests, options.command, progress)

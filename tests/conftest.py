@@ -19,6 +19,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 # Set before anything imports Qt or a Hugging Face library, and inherited by every process a test starts.
 os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # engine/host.py says why; tests share the machine, too
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", PYTHONPATH=str(REPO))
 _HOME = tempfile.TemporaryDirectory(prefix="tonfa-tests-")
 os.environ["TONFA_HOME"] = _HOME.name

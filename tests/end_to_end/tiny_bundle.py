@@ -1,4 +1,4 @@
-"""A whole model in a folder, 5 MB of random weights: what the pipeline, the command line and the window are tested with.
+"""A whole model in a folder, 9 MB of random weights, for tests of the pipeline, the command line and the window.
 
     python tests/end_to_end/tiny_bundle.py FOLDER [16-bit|int4|nvfp4]
 
@@ -25,7 +25,10 @@ from tests.engine.families.small_flux import SMALL, small_flux, write_16_bit, wr
 
 Kind = Literal["16-bit", "int4", "nvfp4"]
 
-WORDS = "a an the red green blue fox dog cat tree house in on with and two three snow sea night , .".split()
+WORDS = [
+    "a", "an", "the", "red", "green", "blue", "fox", "dog", "cat", "tree", "house", "in", "on", "with", "and", "two",
+    "three", "snow", "sea", "night", ",", ".",
+]  # fmt: skip
 LENGTH = 16  # tokens of a prompt
 VOCABULARY = 64
 T5 = {
@@ -127,7 +130,9 @@ def write_lora(path: Path, seed: int, size: float = 0.3) -> Path:
         ("transformer_blocks.0.ff.net.0.proj", 4 * c, c),
         ("single_transformer_blocks.1.proj_mlp", 4 * c, c),
     ):
-        tensors[f"transformer.{module}.lora_A.weight"] = torch.randn(4, columns, generator=generator) * columns**-0.5
+        tensors[f"transformer.{module}.lora_A.weight"] = (
+            torch.randn(4, columns, generator=generator) * columns**-0.5
+        )
         tensors[f"transformer.{module}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * size
     write_safetensors(path, {name: tensor.bfloat16() for name, tensor in tensors.items()}, {})
     return path

@@ -81,7 +81,7 @@ def test_the_built_in_model_is_asked_for_by_its_short_name(monkeypatch, tmp_path
     monkeypatch.setattr(folders, "assets", lambda: tmp_path / "assets")
     folder = write_bundle(tmp_path / "assets" / BUILT_IN_MODEL)
     write_bundle(home / "models" / "another", name="Aaa")
-    assert [card.model for card in folders.list_models()][0] == BUILT_IN_MODEL
+    assert next(card.model for card in folders.list_models()) == BUILT_IN_MODEL
     assert folders.find_model(BUILT_IN_MODEL) == folder
 
 
