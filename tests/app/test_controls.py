@@ -388,5 +388,6 @@ def test_tab_goes_through_a_row_in_reading_order(loras: LoraList) -> None:
     for _ in range(30):
         if at in (row.field, row.switch, row.slider):
             chain.append(at)
+        assert at is not None
         at = at.nextInFocusChain()
     assert chain[:3] == [row.field, row.switch, row.slider]

@@ -102,9 +102,7 @@ def test_a_prompt_becomes_a_picture_on_the_stage_and_on_disk(opened: Opened) -> 
     assert file.name == f"0001-{picture.seed}.png"
     saved = images.load(file)
     assert saved is not None
-    assert (images.to_pixels(saved) == images.to_pixels(history.image(picture))).all(), (
-        "what is shown is what is kept"
-    )
+    assert (images.to_pixels(saved) == images.to_pixels(history.image(picture))).all(), "shown is what is kept"
     assert opened.program.page.stage.title.text() == "a red fox in the snow"
 
 

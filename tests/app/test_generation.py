@@ -27,9 +27,7 @@ from engine.requests import ImageRequest, InspectRequest, PrepareRequest
 from tests.app.conftest import NotingEngine, picture
 
 GIB = 2**30
-MEMORY = Problem(
-    ProblemKind.MEMORY, "This needs 11.5 GB of graphics memory; 7.9 GB is free.", "Choose a smaller size."
-)
+MEMORY = Problem(ProblemKind.MEMORY, "This needs 11.5 GB of memory; 7.9 GB is free.", "Choose a smaller size.")
 
 
 @pytest.fixture

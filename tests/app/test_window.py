@@ -249,6 +249,7 @@ def test_places_follow_the_table_of_sizes(
     assert abs(opened.page.composer.width() - composer_px) <= 1
     assert opened.page.timeline.width() == timeline_px
     inside = opened.page.composer.scroll_area.widget()
+    assert inside is not None
     assert inside.width() <= opened.page.composer.scroll_area.viewport().width(), "nothing is cut off at the side"
 
 
@@ -276,6 +277,7 @@ def test_tab_follows_the_column_from_top_to_bottom(opened: Opened) -> None:
     for _ in range(400):
         if at in wanted and at not in order:
             order.append(at)
+        assert at is not None
         at = at.nextInFocusChain()
     assert order == wanted
 
