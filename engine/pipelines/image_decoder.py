@@ -14,6 +14,7 @@ from engine.problems import bad_file
 from engine.text.files import Check, config_of, fill, whole
 
 FLUX_BLOCKS = (128, 256, 512, 512)  # FLUX.1's own; its files often carry no configuration
+TILE_PIXELS = 512  # the side of a tile; small ones change the statistics of GroupNorm visibly
 FLUX_SCALING, FLUX_SHIFT = 0.3611, 0.1159
 
 
@@ -110,6 +111,7 @@ def _checked(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "layers_per_block": whole(config, "layers_per_block", 2, 1, 16, where),
         "latent_channels": whole(config, "latent_channels", 16, 1, 256, where),
         "norm_num_groups": groups,
+        "sample_size": TILE_PIXELS,
         **flags,
     }
 

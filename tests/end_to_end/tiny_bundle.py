@@ -26,8 +26,8 @@ from tests.engine.families.small_flux import SMALL, small_flux, write_16_bit, wr
 Kind = Literal["16-bit", "int4", "nvfp4"]
 
 WORDS = [
-    "a", "an", "the", "red", "green", "blue", "fox", "dog", "cat", "tree", "house", "in", "on", "with", "and", "two",
-    "three", "snow", "sea", "night", ",", ".",
+    "a", "an", "the", "red", "green", "blue", "fox", "dog", "cat", "tree", "house", "in", "on", "with", "and",
+    "two", "three", "snow", "sea", "night", ",", ".",
 ]  # fmt: skip
 LENGTH = 16  # tokens of a prompt
 VOCABULARY = 64

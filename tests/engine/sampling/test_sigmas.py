@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -42,4 +43,4 @@ def test_sigmas_fall_from_one_to_zero(shift):
     assert len(sigmas) == 10
     assert sigmas[0] == 1
     assert sigmas[-1] == 0
-    assert all(a > b for a, b in zip(sigmas[:-1], sigmas[1:], strict=True))
+    assert all(a > b for a, b in pairwise(sigmas))

@@ -133,7 +133,7 @@ def test_an_encoder_that_makes_no_numbers_is_a_problem(files, tmp_path):
 
 
 def test_cancelling_stops_between_layers(files):
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     calls = []
@@ -141,10 +141,10 @@ def test_cancelling_stops_between_layers(files):
     def check():
         calls.append(1)
         if len(calls) == 2:
-            raise Stop
+            raise StopError
 
     encoder = T5Encoder(open_safetensors(files["t5"]), CPU, torch.float32)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         encoder.encode([5, 1], check)
     encoder.encode([5, 1])  # nothing of the stopped call is left
 
