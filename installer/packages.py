@@ -125,6 +125,7 @@ class TorchSource:
 
     requirement: str
     index: str = ""
+    again: bool = False  # take it even if a build of the same version is there
     large: bool = False  # it may bring gigabytes of CUDA that this computer does not need
 
 
@@ -166,9 +167,10 @@ def install_torch(pip: Pip, sources: list[TorchSource], report: Report) -> None:
         where = f" from {source.index}" if source.index else ""
         report.note(f"torch: {source.requirement}{where}")
         try:
-            return pip.install(
-                "--no-deps", source.requirement, *(["--index-url", source.index] if source.index else [])
-            )
+            words = ["--no-deps", source.requirement]
+            words += ["--index-url", source.index] if source.index else []
+            words += ["--force-reinstall"] if source.again else []
+            return pip.install(*words)
         except StopError as stop:
             if position == len(sources) - 1:
                 raise

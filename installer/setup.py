@@ -104,7 +104,7 @@ def _install(venv: Path, build: machine.Build, wanted: Wanted, report: Report, l
     version = packages.pinned_torch((ROOT / "installer" / "constraints.txt").read_text(encoding="utf-8"))
     report.step(f"Installing PyTorch {version} for the {'graphics card' if build.kind == 'cuda' else 'processor'}")
     if wanted.torch_index:
-        sources = [packages.TorchSource(f"torch=={version}", wanted.torch_index)]
+        sources = [packages.TorchSource(f"torch=={version}", wanted.torch_index, again=True)]
     else:
         sources = packages.torch_sources(build.kind, version, pip.offered_torch, sys.platform, platform.machine())
     if sources[0].large:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,14 @@ def root(tmp_path_factory):
     (root / "installer" / "constraints.txt").write_text("platformdirs==4.14.7\n")
     environment.make_venv(root / ".venv", Report(root / "install.log", steps=1), os.open(root / "lock", os.O_CREAT))
     return root
+
+
+@pytest.fixture
+def no_settings(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_RETRIES", "1")
 
 
 # ------------------------------------------------------------------------------------------------- which torch
@@ -71,6 +80,44 @@ def test_a_card_on_windows_takes_pytorchs_cuda_13_index():
 
 def test_the_registrys_build_for_windows_is_the_small_one():
     assert torch_sources("cpu", "2.13.0", offers(), "win32", "AMD64") == [TorchSource("torch==2.13.0")]
+
+
+def index_with_torch(folder: Path, *versions: str) -> str:
+    """A package index in a folder, with a torch of each of these versions that holds nothing; returns its URL."""
+    place = folder / "simple" / "torch"
+    place.mkdir(parents=True)
+    for version in versions:
+        info = f"torch-{version}.dist-info"
+        with zipfile.ZipFile(place / f"torch-{version}-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{info}/RECORD", "")
+    (place / "index.html").write_text(
+        "".join(f'<a href="{file.name}">{file.name}</a>' for file in place.glob("*.whl"))
+    )
+    return place.parent.as_uri()
+
+
+def installed_torch(root: Path) -> list[str]:
+    return [info.name[6:-10] for info in (root / ".venv").glob("[lL]ib/**/site-packages/torch-*.dist-info")]
+
+
+def test_each_choice_replaces_the_build_that_is_there(root, report, no_settings, tmp_path, monkeypatch):
+    ordinary = index_with_torch(tmp_path / "a", "2.13.0", "2.13.0+cpu")
+    monkeypatch.setenv("PIP_INDEX_URL", ordinary)
+    pip = Pip(root, report, 0)
+    assert set(pip.offered_torch()) == {"2.13.0", "2.13.0+cpu"}
+
+    def choose(build: str) -> list[str]:
+        packages.install_torch(pip, torch_sources(build, "2.13.0", pip.offered_torch, "linux", "x86_64"), report)
+        return installed_torch(root)
+
+    assert choose("cpu") == ["2.13.0+cpu"]
+    assert choose("cuda") == ["2.13.0"]
+    assert choose("cpu") == ["2.13.0+cpu"]
+    other = index_with_torch(tmp_path / "b", "2.13.0+mine")
+    packages.install_torch(pip, [TorchSource("torch==2.13.0", other, again=True)], report)
+    assert installed_torch(root) == ["2.13.0+mine"]
 
 
 def test_versions_are_read_from_what_pip_prints():
@@ -205,14 +252,6 @@ def test_a_second_installer_waits_for_the_first(tmp_path, report):
 
 
 # --------------------------------------------------------------------------------------------- pip's failures
-
-
-@pytest.fixture
-def no_settings(monkeypatch):
-    for name in [name for name in os.environ if name.startswith("PIP_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_RETRIES", "1")
 
 
 def test_without_a_network_it_says_so(root, report, no_settings, monkeypatch):
