@@ -53,6 +53,10 @@ class T5Encoder:
         embeds: Tensor = self._network(input_ids=torch.tensor([ids], device=self._device)).last_hidden_state
         return finite(embeds.float(), self._file)
 
+    def linears(self) -> dict[str, nn.Linear]:
+        """Those with 16-bit weights, by their names in the file, in the order they run."""
+        return {name: part for name, part in self._network.named_modules() if isinstance(part, nn.Linear)}
+
     def _key_of(self, name: str) -> str:
         if name in ("shared.weight", "encoder.embed_tokens.weight"):  # one tensor with two names
             return "shared.weight" if "shared.weight" in self._file.tensors else "encoder.embed_tokens.weight"
