@@ -32,11 +32,13 @@ from engine.quantizer.parts import PartsFolder
 from engine.quantizer.plan import Unit, plan_units
 from engine.quantizer.prompts import choose_prompts, embed_prompts, find_prompts
 from engine.quantizer.quantize_layer import LayerWeights, Rows, Settings, quantize_shared_input
+from engine.quantizer.quantize_t5 import is_t5, quantize_t5
 from engine.quantizer.weight_only import MODULATION_GROUP, quantize_weight_only
 from engine.requests import QuantizeRequest
 from engine.sampling.sigmas import ResolutionShift, Shift
 
 DEFAULT_AMOUNTS = Amounts()
+WITHOUT_PROMPTS = "There are no prompts to calibrate with, so the conversion looks at the weights alone."
 VERSION = 1  # of what a part means; another version starts again
 PIXELS_PER_TOKEN = 16  # a side
 # Passes over a unit's rows that its search, its Hessian and its errors come to, beside one pass of calibration.
@@ -72,7 +74,11 @@ def quantize_model(
 
     started = perf_counter()
     out = _checked_out(request)
-    source = open_source(request)
+    file, bundle = open_source(request)
+    if is_t5(file):
+        yield from _quantize_text_encoder(request, file, bundle, out, check, started)
+        return
+    source = _network_source(request, file, bundle)
     device = choose_device(request.device)
     parts: PartsFolder | None = None
     try:
@@ -81,7 +87,7 @@ def quantize_model(
         check()
         parts = PartsFolder(out, _job(request, source, device, amounts))
         if source.prompts is None:
-            yield Notice("There are no prompts to calibrate with, so the conversion looks at the weights alone.")
+            yield Notice(WITHOUT_PROMPTS)
         yield from _make_parts(request, source, stream, units, parts, amounts, check)
         result = _assemble(request, source, units, parts, out, check)
     except _StopWork:
@@ -97,19 +103,24 @@ def quantize_model(
 # ---------------------------------------------------------------------------------------------- before the work
 
 
-def open_source(request: QuantizeRequest) -> Source:
-    """The source is a 16-bit file, or a bundle's folder. Raises ProblemError for anything else."""
+def open_source(request: QuantizeRequest) -> tuple[SafetensorsFile, Bundle | None]:
+    """The file to convert (of a bundle's folder its network), and the bundle it lies in. Raises ProblemError."""
     path = Path(request.source).expanduser()
     folder = path if path.is_dir() else path.parent
     bundle = read_bundle(folder) if (folder / BUNDLE_FILE).is_file() else None
     if path.is_dir() and bundle is not None:
         path = bundle.weights["transformer"].path
-    file = open_checkpoint(path)
+    return open_checkpoint(path), bundle
+
+
+def _network_source(request: QuantizeRequest, file: SafetensorsFile, bundle: Bundle | None) -> Source:
     kind = recognise(file)
     if kind is None:
-        raise bad_request(f"{path.name} does not hold FLUX's network.", "Choose a 16-bit FLUX checkpoint.")
+        raise bad_request(
+            f"{file.path.name} holds neither FLUX's network nor a T5 encoder.", "Choose a 16-bit FLUX checkpoint."
+        )
     if kind == "svdquant":
-        raise bad_request(f"{path.name} is 4-bit already.", "Choose the 16-bit checkpoint it was made from.")
+        raise bad_request(f"{file.path.name} is 4-bit already.", "Choose the 16-bit checkpoint it was made from.")
     return Source(file, read_config(file), bundle, find_prompts(request.prompts, bundle))
 
 
@@ -160,6 +171,31 @@ def _job(request: QuantizeRequest, source: Source, device: Device, amounts: Amou
         "keep": [list(pair) for pair in request.keep],
         "seed": request.seed,
     }
+
+
+def _quantize_text_encoder(
+    request: QuantizeRequest,
+    file: SafetensorsFile,
+    bundle: Bundle | None,
+    out: Path,
+    check: Callable[[], None],
+    started: float,
+) -> Iterator[Event]:
+    if request.precision != "int4":
+        raise bad_request(f"Text encoders have no {request.precision} form.", "Choose the precision int4.")
+    prompts = find_prompts(request.prompts, bundle)
+    device = torch.device(choose_device(request.device).torch_name)
+    if prompts is None:
+        yield Notice(WITHOUT_PROMPTS)
+    try:
+        per_layer = yield from quantize_t5(
+            file, out, bundle, prompts, device, request.seed, request.rounding == "gptq", check
+        )
+    except _StopWork:
+        yield Cancelled()
+        return
+    seconds = round(perf_counter() - started, 3)
+    yield Finished({"out": str(out), "precision": "int4", "rank": 0, "seconds": seconds, "per_layer": per_layer})
 
 
 # ------------------------------------------------------------------------------------------------------ the work

@@ -14,12 +14,19 @@ CLIPS = tuple(step / 50 for step in range(35, 51))
 
 
 def quantize_weight_only(
-    weight: Tensor, bias: Tensor | None, group_size: int, *, symmetric: bool, hessian: Tensor | None = None
+    weight: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    *,
+    symmetric: bool,
+    hessian: Tensor | None = None,
+    search: bool = True,
 ) -> W4A16Weights:
     """weight (O, K) fp32, bias (O,) fp32 -> weight ~ codes * scales + zeros, scales and zeros in HALF.
 
-    symmetric: zeros = -7 * scales, as in FLUX files; else each group gets its own. The clip of every group is
-    searched; with a Hessian (K, K) of the inputs codes are rounded by GPTQ, else to nearest.
+    symmetric: zeros = -7 * scales, as in FLUX files; else each group gets its own. search: clip every group where
+    that makes its error smaller, else scales just hold the largest weight. With a Hessian (K, K) of the inputs codes
+    are rounded by GPTQ, else to nearest.
     """
     rows, k = weight.shape
     groups = weight.view(rows, k // group_size, group_size)
@@ -36,7 +43,7 @@ def quantize_weight_only(
 
     best_clip = torch.ones_like(high)
     smallest = torch.full_like(high, torch.inf)
-    for clip in CLIPS:
+    for clip in CLIPS if search else (1.0,):
         scales, zeros = (part.float().unsqueeze(-1) for part in stored(clip))
         codes = grid.encode((groups - zeros) * reciprocal(scales))
         error = ((grid.decode(codes) * scales + zeros - groups).square() * weight_of).sum(dim=-1)
