@@ -164,7 +164,8 @@ def _read_all(file: BinaryIO, into: memoryview) -> bool:
 def _read_header(file: BinaryIO, path: Path, file_bytes: int) -> bytes:
     start = bytearray(min(16, file_bytes))
     _read_all(file, memoryview(start))
-    _refuse_pickle(path, start.startswith(PICKLE_MAGICS))
+    # A header of 1152 bytes begins with a pickle's first two as well: what follows the length tells them apart.
+    _refuse_pickle(path, start.startswith(PICKLE_MAGICS) and start[8:9] != b"{")
     for magic, what in (
         (b"GGUF", "a GGUF file"),
         (b"version https://g", "only a pointer to a file kept by Git LFS"),

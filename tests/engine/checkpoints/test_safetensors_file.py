@@ -89,3 +89,14 @@ def test_a_missing_tensor_and_a_file_that_changed_are_named(tmp_path: Path) -> N
     path.unlink()
     with pytest.raises(ProblemError, match="no file"):
         file.read("a")
+
+
+@pytest.mark.parametrize("header_bytes", [0x280, 0x380, 0x480, 0x580])
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path, header_bytes: int) -> None:
+    path = tmp_path / "model.safetensors"
+    for padding in range(header_bytes):
+        write_safetensors(path, {"a": torch.zeros(2)}, {"note": "x" * padding})
+        if path.read_bytes()[:2] == header_bytes.to_bytes(2, "little"):
+            break
+    assert path.read_bytes()[:8] == header_bytes.to_bytes(8, "little")
+    assert list(open_safetensors(path).tensors) == ["a"]
