@@ -164,7 +164,7 @@ class Engine:
             case DoctorRequest():
                 return look_at_machine()
             case QuantizeRequest():
-                return (yield from self._quantize(request, check))
+                return (yield from self._quantize(job, request))
 
     def _images(self, request: ImageRequest, check: Callable[[], None]) -> Work[dict[str, Any]]:
         started = perf_counter()
@@ -270,21 +270,21 @@ class Engine:
             yield StepDone(1, 1, event.step, picture.steps, perf_counter() - started, event.preview)
         raise AssertionError("text_to_image ends with Drawn")
 
-    def _quantize(self, request: QuantizeRequest, check: Callable[[], None]) -> Work[dict[str, Any]]:
+    def _quantize(self, job: int, request: QuantizeRequest) -> Work[dict[str, Any]]:
         from engine.quantizer.quantize_model import quantize_model
 
-        result: dict[str, Any] = {}
-        for event in quantize_model(request):
-            check()
-            if isinstance(event, Finished):
-                result = dict(event.result)
-            elif isinstance(event, Failed):
-                raise ProblemError(event.problem)
-            elif isinstance(event, Cancelled):
-                raise _Stopped
-            else:
-                yield event
-        return result
+        self.unload()  # a block of the 16-bit network wants the room
+        for event in quantize_model(request, cancelled=lambda: job in self._cancelled):
+            match event:
+                case Finished(result):
+                    return dict(result)
+                case Cancelled():
+                    raise _Stopped
+                case Failed(problem):
+                    raise ProblemError(problem)
+                case _:
+                    yield event
+        raise AssertionError("quantize_model ends with a final event")
 
     # ------------------------------------------------------------------------------------------------- pieces
 
