@@ -6,7 +6,9 @@ process that imports this module by accident must not get a window.
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ class Program:
         self.generation = GenerationState(self.engine, self.composer, self.history)
         self.page = GeneratePage(self.composer, self.generation, self.history, self.memory, self.models)
         self.window: MainWindow = MainWindow(self.page, self.generation, self.composer, self.memory, self.settings)
-        self.ring = FocusRing(app)
+        self.ring = FocusRing(self.window)
         self.engine.event_arrived.connect(self.generation.on_event)
         self.engine.planned.connect(self.generation.on_planned)
         self.engine.restarted.connect(self.generation.on_restarted)
@@ -72,6 +74,8 @@ class Program:
             return
         wanted = self.settings.model
         card = self.models.usable(wanted)
+        if card is None and self.models.listed:
+            self.generation.say_no_model(self.models.cards[0].problem if self.models.cards else "")
         if card is None or (card.model != wanted and wanted and not self.models.listed):
             return
         self.composer.set_model(card)
@@ -104,11 +108,31 @@ def main() -> int:
     program = Program(app)
     instance.raise_requested.connect(program.window.bring_up)
     program.start()
+    tell_bugs(program)
     _close_on_interrupt(program)
     code = app.exec()
     program.close()
     instance.release()
     return code
+
+
+def tell_bugs(program: Program) -> None:
+    """What nobody foresaw goes to the log and, in generic words, to the window; the work goes on."""
+    import traceback
+    from types import TracebackType
+
+    from engine import folders
+
+    def hook(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+        detail = "".join(traceback.format_exception(kind, error, where))
+        sys.__excepthook__(kind, error, where)
+        with contextlib.suppress(OSError):
+            folders.logs().mkdir(parents=True, exist_ok=True)
+            with (folders.logs() / "window.log").open("a", encoding="utf-8") as log:
+                log.write(f"{datetime.now().isoformat(timespec='seconds')}\n{detail}\n")
+        program.generation.say_bug(detail)
+
+    sys.excepthook = hook
 
 
 def _close_on_interrupt(program: Program) -> None:

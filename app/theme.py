@@ -170,15 +170,12 @@ def style_sheet() -> str:
     QToolTip {{ background: {_hex("raised")}; color: {_hex("text")}; border: 1px solid {_hex("line")};
         padding: 4px 6px; }}
     QMenu {{ background: {_hex("raised")}; color: {_hex("text")}; border: 1px solid {_hex("line")};
-        border-radius: 8px; padding: 6px; }}
+        border-radius: {RADIUS["field"]}px; padding: 6px; }}
     QMenu::item {{ padding: 7px 28px 7px 12px; border-radius: 6px; }}
-    QMenu::icon {{ padding-left: 8px; }}
+    QMenu::icon {{ padding-left: 10px; }}
     QMenu::item:selected {{ background: {_hex("hover")}; }}
     QMenu::item:disabled {{ color: {_hex("text3")}; }}
-    QMenu::separator {{ height: 1px; background: {_hex("line")}; margin: 6px 4px; }}
-    QComboBox QAbstractItemView {{ background: {_hex("raised")}; color: {_hex("text")};
-        border: 1px solid {_hex("line")}; padding: 4px; selection-background-color: {_hex("hover")};
-        selection-color: {_hex("text")}; }}
+    QMenu::separator {{ height: 1px; background: {_hex("control", 0.4)}; margin: 6px 8px; }}
     QScrollBar:vertical {{ width: 8px; background: transparent; margin: 0; }}
     QScrollBar:horizontal {{ height: 8px; background: transparent; margin: 0; }}
     QScrollBar::handle {{ background: {_hex("control", 0.6)}; border-radius: 2px; margin: 2px; }}

@@ -91,8 +91,8 @@ class Composer(QWidget):
         self.seed = SeedField()
         self.guidance = NumberField("Guidance", 0, 30, decimals=1, step=0.1)
         self.footer = GenerateBar()
-        title = QLabel("Picture")
-        title.setFont(theme.font("label"))
+        self._title = QLabel("Picture")
+        self._title.setFont(theme.font("label"))
         numbers = QHBoxLayout()
         numbers.setSpacing(8)
         numbers.addWidget(self.count, 1)
@@ -107,7 +107,7 @@ class Composer(QWidget):
         for widget, below in ((self.model, 10), (self.prompt, 14), (self.loras, 12)):
             self._column.addWidget(widget)
             self._column.addSpacing(below)
-        self._column.addWidget(title)
+        self._column.addWidget(self._title)
         self._column.addSpacing(8)
         self._column.addWidget(self.size_picker)
         self._column.addSpacing(8)
@@ -143,6 +143,11 @@ class Composer(QWidget):
         """The scroll bar lies in the margin, so that nothing moves when it appears."""
         bar = self.scroll_area.verticalScrollBar().sizeHint().width() if scrolls else 0
         self._column.setContentsMargins(self._margin, min(14, self._margin), self._margin - 1 - bar, 12)
+
+    def set_model_there(self, there: bool) -> None:
+        """Without a model there is nothing to set."""
+        for widget in (self.loras, self._title, self.size_picker, self.count, self.steps, self.seed, self.guidance):
+            widget.setVisible(there)
 
     def set_guidance_shown(self, shown: bool) -> None:
         """A network that takes no such number has no such field."""
@@ -344,6 +349,7 @@ class GeneratePage(QWidget):
         ui.steps.set_value(state.steps)
         ui.seed.set_value(state.seed)
         ui.seed.set_mode(state.seed_mode)
+        ui.set_model_there(card is not None)
         ui.set_guidance_shown(state.guidance is not None)
         if state.guidance is not None:
             ui.guidance.set_value(state.guidance)

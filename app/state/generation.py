@@ -36,7 +36,7 @@ from engine.events import (
     Prepared,
     StepDone,
 )
-from engine.problems import Problem, ProblemError, ProblemKind, engine_stopped
+from engine.problems import Problem, ProblemError, ProblemKind, engine_stopped, internal_error
 from engine.requests import ImageRequest, InspectRequest, PrepareRequest, Request
 
 DOT = "  ·  "
@@ -130,6 +130,7 @@ class GenerationState(QObject):
         self.shown: Picture | None = None  # None: the running picture
         self._prepare: tuple[int, PrepareRequest] | None = None
         self._load_began = 0.0
+        self._no_model: str | None = None  # why there is none, once that is known
         self._inspected: dict[int, str] = {}  # job -> LoRA file
         self._after_steps_s: dict[tuple[int, int], float] = {}  # size -> decoding, as last measured
         self._plan_timer = QTimer(self)
@@ -156,7 +157,11 @@ class GenerationState(QObject):
 
     def generate(self, first: bool = False) -> bool:
         """Ask for what the composer says. False when that is not a request yet."""
-        if self._composer.model is None or not self._composer.prompt.strip():
+        if self._composer.model is None:
+            if self._no_model is not None:
+                self.say_no_model(self._no_model)
+            return False
+        if not self._composer.prompt.strip():
             return False
         try:
             request = self._composer.next_request(str(folders.todays_pictures()))
@@ -195,6 +200,18 @@ class GenerationState(QObject):
     def inspect_lora(self, file: str) -> None:
         """Recognise a file by its content; the row says what of it is used."""
         self._inspected[self._engine.submit(InspectRequest(file), first=True)] = file
+
+    def say_no_model(self, reason: str) -> None:
+        """There is nothing to make pictures with; `reason` is what is wrong with the model there is, if any."""
+        self._no_model = reason
+        self.model = ModelState("Not loaded")
+        what = reason or "No model was found."
+        todo = f"Put a model folder with a {folders.BUNDLE_FILE} into {folders.user_models()} and start again."
+        self._raise(Problem(ProblemKind.FILE, what, "" if reason else todo), None)
+
+    def say_bug(self, detail: str) -> None:
+        """Something in the window failed that nobody foresaw."""
+        self._raise(internal_error(detail), None)
 
     def answer(self, retry: bool) -> None:
         """The strip was answered: its button (retry) or its close button. The queue goes on either way."""
@@ -250,6 +267,8 @@ class GenerationState(QObject):
         """The engine died and runs again: one sentence, and the model is loaded again."""
         if self.trouble is None:
             self._raise(engine_stopped(detail), None)
+        if self.trouble is not None and isinstance(self.trouble.retry, PrepareRequest):
+            return  # it died while loading: the person decides whether to try that again
         self.prepare()
         self._planned_for = None
         self._plan_timer.start()
@@ -362,6 +381,8 @@ class GenerationState(QObject):
     def _end(self, job: Job) -> None:
         self.jobs.remove(job)
         self.notice = ""
+        if self.model.loading is not None and self._prepare is None:
+            self.model = ModelState("Not loaded")  # it ended before its model was there
         if self.running is not None and self.running.job is job:
             self.running = None
             if self.stopped is None and not self.jobs and self.shown is None:

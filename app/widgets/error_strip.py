@@ -36,7 +36,6 @@ class ErrorStrip(QWidget):
         self.details.setReadOnly(True)
         self.details.setAccessibleName("Details")
         self.details.setFont(theme.font("small"))
-        self.details.setFixedHeight(112)
         self.details.setTabChangesFocus(True)
 
         top = QHBoxLayout()
@@ -74,6 +73,8 @@ class ErrorStrip(QWidget):
         self.main_button.set_face(button, "")
         self.main_button.setVisible(bool(button))
         self.details.setPlainText(detail)
+        lines = min(8, max(2, detail.count("\n") + 1))
+        self.details.setFixedHeight(lines * self.details.fontMetrics().lineSpacing() + 14)
         self.details_button.setVisible(bool(detail))
         self.details_button.setChecked(False)
         self.setAccessibleName(what)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from PySide6.QtCore import QEvent, QObject, QRectF, Qt
-from PySide6.QtGui import QFocusEvent, QPaintEvent, QPen
-from PySide6.QtWidgets import QApplication, QFocusFrame, QProxyStyle, QStyle, QStyleOption, QWidget
+from PySide6.QtCore import QEvent, QObject, QPoint, QRect, QRectF, Qt
+from PySide6.QtGui import QFocusEvent, QPaintEvent, QPen, QRegion
+from PySide6.QtWidgets import QAbstractScrollArea, QApplication, QWidget
 
 from app import theme
 from app.widgets import paint
@@ -15,43 +15,73 @@ BY_KEYBOARD = (
     Qt.FocusReason.BacktabFocusReason,
     Qt.FocusReason.ShortcutFocusReason,
 )
+MOVES = (QEvent.Type.Move, QEvent.Type.Resize, QEvent.Type.Show, QEvent.Type.Hide)
 
 
-class _Margins(QProxyStyle):
-    """Makes a QFocusFrame reach beyond the widget; a style sheet's outline cannot leave its rectangle."""
+class FocusRing(QWidget):
+    """One for the whole window, lying over everything. Follows the focus when a key moved it; the mouse needs none.
 
-    def pixelMetric(  # noqa: N802  (Qt's name)
-        self, metric: QStyle.PixelMetric, option: QStyleOption | None = None, widget: QWidget | None = None
-    ) -> int:
-        if metric in (QStyle.PixelMetric.PM_FocusFrameHMargin, QStyle.PixelMetric.PM_FocusFrameVMargin):
-            return REACH
-        return super().pixelMetric(metric, option, widget)
+    Not a QFocusFrame: that lies in the parent of what it frames and is cut off where the parent fits tightly.
+    """
 
-
-class FocusRing(QFocusFrame):
-    """One for the whole window. Follows the focus when a key moved it; the mouse needs no ring."""
-
-    def __init__(self, app: QApplication) -> None:
-        super().__init__()
-        self._margins = _Margins("Fusion")
-        self._margins.setParent(self)
-        self.setStyle(self._margins)
+    def __init__(self, window: QWidget) -> None:
+        super().__init__(window)
+        self.setAttribute(Qt.WidgetAttribute.WA_TransparentForMouseEvents)
+        self.setAttribute(Qt.WidgetAttribute.WA_NoSystemBackground)
+        self.hide()
+        self._window = window
+        self._target: QWidget | None = None
+        self._moves_with: list[QObject] = []  # the target and everything it lies in
         self._reason = Qt.FocusReason.OtherFocusReason
+        app = QApplication.instance()
+        assert isinstance(app, QApplication)
         app.installEventFilter(self)
         app.focusChanged.connect(self._follow)
 
-    def eventFilter(self, watched: QObject, event: QEvent) -> bool:  # noqa: N802
-        if event.type() == QEvent.Type.FocusIn and isinstance(event, QFocusEvent):
+    def target(self) -> QWidget | None:
+        return self._target
+
+    def eventFilter(self, watched: QObject, event: QEvent) -> bool:  # noqa: N802  (Qt's name)
+        kind = event.type()
+        if kind == QEvent.Type.FocusIn and isinstance(event, QFocusEvent):
             self._reason = event.reason()
-        return super().eventFilter(watched, event)
+        elif kind in MOVES and watched in self._moves_with:
+            self._place()
+        return False
 
     def _follow(self, old: QWidget | None, now: QWidget | None) -> None:
-        wants = now is not None and self._reason in BY_KEYBOARD and not now.property("own_focus_ring")
-        target = now if wants else None
-        if target is not None and isinstance(target.focusProxy(), QWidget):
-            target = target.focusProxy()
-        if target is not self.widget():
-            self.setWidget(target)  # type: ignore[arg-type]  # None takes the ring away
+        wants = now is not None and now.window() is self._window and self._reason in BY_KEYBOARD
+        self._target = now if wants and now is not None and not now.property("own_focus_ring") else None
+        self._moves_with = []
+        at = self._target
+        while at is not None and at is not self._window:
+            self._moves_with.append(at)
+            at = at.parentWidget()
+        self._place()
+
+    def _place(self) -> None:
+        target = self._target
+        if target is None or not target.isVisible():
+            self.hide()
+            return
+        area = QRect(target.mapTo(self._window, QPoint()), target.size()).adjusted(-REACH, -REACH, REACH, REACH)
+        self.setGeometry(area)
+        seen = self._seen(target).intersected(area).translated(-area.topLeft())
+        self.setMask(QRegion(seen))
+        self.setVisible(not seen.isEmpty())
+        self.raise_()
+
+    def _seen(self, target: QWidget) -> QRect:
+        """The part of the window that scrolling leaves for it, the ring's reach included."""
+        seen = self._window.rect()
+        at = target.parentWidget()
+        while at is not None and at is not self._window:
+            above = at.parentWidget()
+            if isinstance(above, QAbstractScrollArea) and above.viewport() is at:
+                port = QRect(at.mapTo(self._window, QPoint()), at.size())
+                seen = seen.intersected(port.adjusted(-REACH, -REACH, REACH, REACH))
+            at = above
+        return seen
 
     def paintEvent(self, event: QPaintEvent) -> None:  # noqa: N802
         painter = paint.begin(self)

@@ -7,12 +7,13 @@ from functools import partial
 
 from PySide6.QtCore import Signal
 from PySide6.QtGui import QPaintEvent
-from PySide6.QtWidgets import QHBoxLayout, QLabel, QMenu, QVBoxLayout, QWidget
+from PySide6.QtWidgets import QHBoxLayout, QLabel, QVBoxLayout, QWidget
 
 from app import theme
 from app.widgets import paint
 from app.widgets.button import Button
 from app.widgets.lora_row import Divider, LoraRow, LoraView
+from app.widgets.menu import Menu
 
 
 class _Card(QWidget):
@@ -104,7 +105,7 @@ class LoraList(QWidget):
         if not offered:
             self.file_requested.emit()
             return
-        menu = QMenu(self)
+        menu = Menu(self)
         for file, name in offered:
             menu.addAction(name, partial(self.known_chosen.emit, file))
         menu.addSeparator()

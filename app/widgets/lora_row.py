@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from PySide6.QtCore import QEvent, QObject, QPointF, QRectF, Qt, Signal
 from PySide6.QtGui import QContextMenuEvent, QEnterEvent, QKeyEvent, QPainter, QPaintEvent, QPen, QResizeEvent
-from PySide6.QtWidgets import QMenu, QToolTip, QWidget
+from PySide6.QtWidgets import QToolTip, QWidget
 
 from app import theme
 from app.widgets import paint
 from app.widgets.button import Button
+from app.widgets.menu import Menu
 from app.widgets.model_card import paint_cover
 from app.widgets.number_field import NumberField
 from app.widgets.strength_slider import StrengthSlider
@@ -91,8 +92,8 @@ class LoraRow(QWidget):
     def _open_menu(self) -> None:
         self._menu().exec(self.more.mapToGlobal(self.more.rect().bottomLeft()))
 
-    def _menu(self) -> QMenu:
-        menu, file = QMenu(self), self._view.file
+    def _menu(self) -> Menu:
+        menu, file = Menu(self), self._view.file
         menu.addAction(f"Own strength ({self._view.own_strength:.2f})", self._reset)
         if self._view.details:
             menu.addAction("What is not used, and why", self._show_details)

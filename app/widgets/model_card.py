@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from PySide6.QtCore import QPointF, QRectF, QSize, Qt, Signal
 from PySide6.QtGui import QImage, QPainter, QPaintEvent, QPixmap
-from PySide6.QtWidgets import QAbstractButton, QMenu, QSizePolicy, QWidget
+from PySide6.QtWidgets import QAbstractButton, QSizePolicy, QWidget
 
 from app import theme
 from app.widgets import paint
+from app.widgets.menu import Menu
 
 HEIGHT = 56
 
@@ -70,7 +71,7 @@ class ModelCard(QAbstractButton):
     def _open(self) -> None:
         if len(self._choices) < 2:
             return
-        menu = QMenu(self)
+        menu = Menu(self)
         for model, name, reason in self._choices:
             action = menu.addAction(f"{name}: {reason}" if reason else name)
             action.setEnabled(not reason)

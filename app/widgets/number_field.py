@@ -79,6 +79,7 @@ class NumberField(QDoubleSpinBox):
         self.setAlignment(align | Qt.AlignmentFlag.AlignVCenter)
         edit = self.lineEdit()
         edit.installEventFilter(self)
+        edit.setAcceptDrops(False)  # files that are dropped here belong to the composer
         edit.setCursor(Qt.CursorShape.SizeHorCursor)
         edit.setAttribute(Qt.WidgetAttribute.WA_MacShowFocusRect, False)
         self.setContextMenuPolicy(Qt.ContextMenuPolicy.NoContextMenu)

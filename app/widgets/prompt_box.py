@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import ceil
 
-from PySide6.QtCore import QEvent, QObject, Qt, Signal
+from PySide6.QtCore import QEvent, QMimeData, QObject, Qt, Signal
 from PySide6.QtGui import QKeyEvent, QPaintEvent, QPalette, QResizeEvent, QTextBlockFormat, QTextCursor, QTextOption
 from PySide6.QtWidgets import QFrame, QHBoxLayout, QLabel, QTextEdit, QVBoxLayout, QWidget
 
@@ -38,7 +38,8 @@ class TextArea(QTextEdit):
         self.setCursorWidth(2)
         self.setUndoRedoEnabled(False)
         lines = QTextBlockFormat()
-        lines.setLineHeight(LINE_PX, QTextBlockFormat.LineHeightTypes.FixedHeight.value)
+        own = self.fontMetrics().height()  # distance, not height: the placeholder then stands where the text will
+        lines.setLineHeight(LINE_PX - own, QTextBlockFormat.LineHeightTypes.LineDistanceHeight.value)
         self.textCursor().setBlockFormat(lines)  # later lines take it from the first
         self.setUndoRedoEnabled(True)
         self.textChanged.connect(self.fit)
@@ -64,6 +65,10 @@ class TextArea(QTextEdit):
     def resizeEvent(self, event: QResizeEvent) -> None:  # noqa: N802  (Qt's name)
         super().resizeEvent(event)
         self.fit()
+
+    def canInsertFromMimeData(self, source: QMimeData) -> bool:  # noqa: N802
+        """Files that are dropped here belong to the composer."""
+        return not source.hasUrls() and super().canInsertFromMimeData(source)
 
     def keyPressEvent(self, event: QKeyEvent) -> None:  # noqa: N802
         if event.key() in (Qt.Key.Key_Return, Qt.Key.Key_Enter) and event.modifiers() & ~(
@@ -103,7 +108,7 @@ class PromptBox(QWidget):
         footer.addStretch()
         footer.addWidget(self._surprise)
         text = QVBoxLayout()
-        text.setContentsMargins(14, 8, 8, 6)
+        text.setContentsMargins(14, 8, 12, 6)
         text.setSpacing(4)
         text.addWidget(self.prompt)
         text.addWidget(self._negative_label)

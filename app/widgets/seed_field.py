@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from PySide6.QtCore import Signal
 from PySide6.QtGui import QContextMenuEvent, QResizeEvent
-from PySide6.QtWidgets import QMenu, QWidget
+from PySide6.QtWidgets import QWidget
 
 from app.widgets.button import Button
+from app.widgets.menu import Menu
 from app.widgets.number_field import NumberField
 from engine.requests import MAX_SEED
 
@@ -44,7 +45,7 @@ class SeedField(NumberField):
         self.mode_chosen.emit(modes[(modes.index(self._mode) + 1) % len(modes)])
 
     def contextMenuEvent(self, event: QContextMenuEvent) -> None:  # noqa: N802  (Qt's name)
-        menu = QMenu(self)
+        menu = Menu(self)
         for mode, (_, words) in MODES.items():
             action = menu.addAction(words)
             action.setCheckable(True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from PySide6.QtCore import QPointF, QRectF, QSize, Qt, Signal
+from functools import partial
+
+from PySide6.QtCore import QPoint, QPointF, QRectF, QSize, Qt, Signal
 from PySide6.QtGui import QIcon, QPainter, QPaintEvent, QPen, QPixmap, QWheelEvent
-from PySide6.QtWidgets import QComboBox, QHBoxLayout, QListView, QSizePolicy, QWidget
+from PySide6.QtWidgets import QComboBox, QHBoxLayout, QSizePolicy, QWidget
 
 from app import theme
 from app.widgets import paint
 from app.widgets.button import Button
+from app.widgets.menu import Menu
 
 
 def paint_shape(painter: QPainter, center: QPointF, width: int, height: int, longest: float = 17) -> None:
@@ -36,11 +39,25 @@ class SizeSelect(QComboBox):
         self.setMinimumWidth(120)
         self.setSizeAdjustPolicy(QComboBox.SizeAdjustPolicy.AdjustToMinimumContentsLengthWithIcon)
         self.setFont(theme.figures("label"))
-        self.setView(QListView())
         self.setIconSize(QSize(20, 20))
         self.setAttribute(Qt.WidgetAttribute.WA_Hover)
 
-    def wheelEvent(self, event: QWheelEvent) -> None:  # noqa: N802  (Qt's name)
+    def showPopup(self) -> None:  # noqa: N802  (Qt's name)
+        """A menu under the field instead of a list over it."""
+        menu = Menu(self)
+        menu.setMinimumWidth(self.width())
+        for row in range(self.count()):
+            action = menu.addAction(self.itemIcon(row), self.itemText(row), partial(self._take, row))
+            action.setIconVisibleInMenu(True)
+            if row == self.currentIndex():
+                menu.setActiveAction(action)
+        menu.exec(self.mapToGlobal(QPoint(0, self.height() + 4)))
+
+    def _take(self, row: int) -> None:
+        self.setCurrentIndex(row)
+        self.activated.emit(row)
+
+    def wheelEvent(self, event: QWheelEvent) -> None:  # noqa: N802
         if self.hasFocus():
             super().wheelEvent(event)
         else:

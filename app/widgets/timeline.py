@@ -24,7 +24,6 @@ from PySide6.QtWidgets import (
     QHBoxLayout,
     QLabel,
     QListView,
-    QMenu,
     QStyle,
     QStyledItemDelegate,
     QStyleOptionViewItem,
@@ -35,6 +34,7 @@ from PySide6.QtWidgets import (
 from app import theme
 from app.widgets import paint
 from app.widgets.button import Button
+from app.widgets.menu import Menu
 
 GAP = 10
 RADIUS = 8
@@ -293,7 +293,7 @@ class Timeline(QWidget):
             self.picture_chosen.emit(current.row())
 
     def _open_queue(self) -> None:
-        menu = QMenu(self)
+        menu = Menu(self)
         for job, prompt in self._waiting[:12]:
             words = " ".join(prompt.split())
             shown = words if len(words) <= 48 else words[:47] + "…"

@@ -328,3 +328,35 @@ def test_progress_is_announced_in_quarters(generation: GenerationState, composer
         generation.on_event(1, StepDone(1, 1, step, 20, 0.1 * step))
     generation.on_event(1, ImageDone(1, 1, 3, picture(64, 64), "", {}, 1.0))
     assert said == ["Making the picture", "25 percent", "50 percent", "75 percent", "Picture done"]
+
+
+def test_a_model_that_kills_the_engine_while_loading_is_not_loaded_for_ever(
+    generation: GenerationState, engine: NotingEngine
+) -> None:
+    generation.prepare()
+    generation.on_event(1, Loading("Reading", 0.5))
+    generation.on_event(1, Failed(engine_stopped("Exit code -9.")))
+    generation.on_restarted("Exit code -9.")
+    assert len(engine.submitted) == 1, "the person decides"
+    generation.answer(retry=True)
+    assert isinstance(engine.submitted[-1][1], PrepareRequest)
+
+
+def test_a_picture_stopped_while_its_model_loads_leaves_no_loading_behind(
+    generation: GenerationState, composer: ComposerState
+) -> None:
+    composer.set_prompt("x")
+    generation.generate()
+    generation.on_event(1, Loading("Reading", 0.5))
+    generation.on_event(1, Cancelled())
+    assert generation.model.loading is None
+    assert generation.status()[0] == "Ready"
+
+
+def test_without_a_model_there_is_one_sentence_and_one_step(generation: GenerationState) -> None:
+    generation.say_no_model("")
+    assert generation.trouble is not None
+    assert generation.trouble.problem.what == "No model was found."
+    assert "bundle.json" in generation.trouble.problem.todo
+    generation.say_no_model("The file vae.safetensors is missing. Download the model again.")
+    assert "vae" in generation.trouble.problem.what

@@ -8,6 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from app.__main__ import tell_bugs
+from app.state.generation import GenerationState
+
 HEAVY = {"torch", "transformers", "diffusers", "tokenizers", "safetensors", "huggingface_hub", "PIL", "cuda"}
 
 START = """
@@ -62,3 +67,23 @@ def test_the_window_is_up_without_torch_and_ends_when_closed(tmp_path: Path) -> 
 def test_importing_the_program_brings_no_window_and_no_qt() -> None:
     script = "import sys, app.__main__; sys.exit('PySide6' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == 0
+
+
+def test_a_bug_is_logged_and_told_in_generic_words(
+    generation: GenerationState, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Joined:
+        pass
+
+    joined = Joined()
+    joined.generation = generation  # type: ignore[attr-defined]
+    monkeypatch.setenv("TONFA_HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    tell_bugs(joined)  # type: ignore[arg-type]
+    error = ZeroDivisionError("one thing too few")
+    sys.excepthook(ZeroDivisionError, error, None)
+    assert generation.trouble is not None
+    assert generation.trouble.problem.what == "Something went wrong inside Tonfa."
+    assert "one thing too few" in generation.trouble.problem.detail
+    assert "one thing too few" in (tmp_path / "logs" / "window.log").read_text("utf-8")
+    assert "one thing too few" in capsys.readouterr().err

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from PySide6.QtCore import QMimeData, QPoint, QPointF, Qt, QUrl
-from PySide6.QtGui import QDropEvent
+from PySide6.QtCore import QMimeData, QPoint, QPointF, QRect, Qt, QUrl
+from PySide6.QtGui import QDragEnterEvent, QDragLeaveEvent, QDropEvent
 from PySide6.QtTest import QTest
 from PySide6.QtWidgets import QAbstractButton, QApplication, QLineEdit, QSlider, QWidget
 from pytestqt.qtbot import QtBot
@@ -21,6 +21,7 @@ from app.state.memory import MemoryState
 from app.state.models import ModelsState
 from app.state.settings import Settings
 from app.theme import Theme
+from app.widgets.focus_ring import FocusRing
 from engine.events import Failed, Finished, ImageDone, ImageStarted, Loading, Planned, Prepared, StepDone
 from engine.folders import ModelCard
 from engine.monitor import Sample
@@ -187,6 +188,21 @@ def test_a_dropped_lora_is_added_and_looked_into(opened: Opened, tmp_path: Path)
     assert len(opened.page.composer.loras.rows()) == 2
 
 
+def test_files_dragged_over_a_field_are_the_composers(opened: Opened, tmp_path: Path) -> None:
+    data = QMimeData()
+    data.setUrls([QUrl.fromLocalFile(str(tmp_path / "a.safetensors"))])
+    ui = opened.page.composer
+    for target in (ui.prompt.prompt.viewport(), ui.steps.lineEdit(), ui):
+        enter = QDragEnterEvent(
+            QPoint(3, 3), Qt.DropAction.CopyAction, data, Qt.MouseButton.LeftButton, Mod.NoModifier
+        )
+        QApplication.sendEvent(target, enter)
+        assert enter.isAccepted()
+        assert ui._hint.isVisible(), target
+        ui.dragLeaveEvent(QDragLeaveEvent())
+        assert not ui._hint.isVisible()
+
+
 def test_the_timeline_shows_and_the_arrows_walk(opened: Opened) -> None:
     for prompt in ("first", "second", "third"):
         opened.make(prompt)
@@ -293,18 +309,21 @@ def test_f6_goes_through_the_regions(opened: Opened) -> None:
     assert opened.page.stage.picture.hasFocus()
 
 
-def test_the_focus_ring_is_for_the_keyboard(opened: Opened, qapp: QApplication) -> None:
-    from app.widgets.focus_ring import FocusRing
-
-    ring = FocusRing(qapp)
-    generate = opened.page.composer.footer.generate
+def test_the_focus_ring_is_for_the_keyboard(opened: Opened) -> None:
+    ring, generate = FocusRing(opened.window), opened.page.composer.footer.generate
     generate.setFocus(Qt.FocusReason.TabFocusReason)
-    assert ring.widget() is generate
-    opened.page.composer.footer.generate.clearFocus()
+    assert ring.isVisible()
+    where = QRect(generate.mapTo(opened.window, QPoint()), generate.size())
+    assert ring.geometry() == where.adjusted(-4, -4, 4, 4)
+    opened.window.resize(1300, 850)
+    QApplication.processEvents()
+    where = QRect(generate.mapTo(opened.window, QPoint()), generate.size())
+    assert ring.geometry() == where.adjusted(-4, -4, 4, 4), "it moves with what it frames"
+    generate.clearFocus()
     generate.setFocus(Qt.FocusReason.MouseFocusReason)
-    assert ring.widget() is None
-    ring.setWidget(None)  # type: ignore[arg-type]
-    ring.deleteLater()
+    assert not ring.isVisible()
+    opened.page.composer.prompt.prompt.setFocus(Qt.FocusReason.TabFocusReason)
+    assert not ring.isVisible(), "the prompt draws its own"
 
 
 def test_foreign_words_stay_plain_text(opened: Opened) -> None:

@@ -3,7 +3,7 @@
     python -m tests.measure.window start [--times 10]
     python -m tests.measure.window stall --model FOLDER [--pictures 5] [--steps 8]
 
-start: from the moment the process is asked for to the end of the first paint of the window, `python -m app` as it is.
+start: from asking for the process to the end of the first paint of the window, `python -m app` as it is.
 stall: a timer of 4 ms in the window's thread while the engine loads the model and makes pictures with previews;
 the longest gap between two ticks is how long a click could have waited.
 """
