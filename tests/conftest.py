@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -23,6 +24,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # engine/host.py says why; 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", PYTHONPATH=str(REPO))
 _HOME = tempfile.TemporaryDirectory(prefix="tonfa-tests-")
 os.environ["TONFA_HOME"] = _HOME.name
+
+# A shell's background job ignores Ctrl-C and hands that down; a test that presses it would see nothing happen.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 with contextlib.suppress(ImportError):
     from hypothesis import HealthCheck, settings
