@@ -210,9 +210,9 @@ def _job_lines(path: Path) -> list[str]:
 
 
 def _job_request(line: str, defaults: Mapping[str, Any]) -> ImageRequest:
-    from engine.folders import parse_json
+    from engine.safe_json import parse_json
 
-    content = parse_json(line, "the line")
+    content = parse_json(line, "It")
     if not isinstance(content, dict):
         raise bad_file("It is not a JSON object.", 'Write {"prompt": "...", "out": "..."}.')
     unknown = content.keys() - {*IMAGE_FIELDS, "lora"}

@@ -22,10 +22,11 @@ from PIL import Image, PngImagePlugin
 from engine.events import Json, Pixels
 from engine.problems import ProblemError, bad_file
 from engine.requests import MAX_SEED, MAX_STEPS
+from engine.safe_json import parse_json
 
 FORMAT = 1
 JSON_KEY, COMMON_KEY = "tonfa", "parameters"
-MAX_RECIPE_CHARACTERS = 2**20
+MAX_COMMON_CHARACTERS = 2**20
 MAX_PIXELS = 8192 * 8192
 
 
@@ -242,25 +243,7 @@ def recipe_of(texts: Mapping[str, str], name: str) -> Recipe:
     """The recipe in a PNG's texts; `name` is what the problem calls the picture."""
     if JSON_KEY not in texts:
         raise bad_file(f"{name} has no recipe of Tonfa in it.", "Choose a picture that Tonfa saved.")
-    return Recipe.from_json(_parse(texts[JSON_KEY], name), name)
-
-
-def _parse(text: str, name: str) -> Any:
-    if len(text) > MAX_RECIPE_CHARACTERS or not _is_shallow(text):
-        raise bad_file(f"The recipe in {name} is damaged.", "Choose another picture.")
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise bad_file(f"The recipe in {name} is damaged.", "Choose another picture.", str(error)) from None
-
-
-def _is_shallow(text: str, deepest: int = 32) -> bool:
-    depth = 0
-    for character in text:  # brackets inside strings count too: a prompt of 33 brackets in a row has no pair
-        depth += (character in "[{") - (character in "]}")
-        if depth > deepest:
-            return False
-    return True
+    return Recipe.from_json(parse_json(texts[JSON_KEY], f"The recipe in {name}"), name)
 
 
 def settings_of(texts: Mapping[str, str], name: str) -> Json:
@@ -290,7 +273,7 @@ def settings_of(texts: Mapping[str, str], name: str) -> Json:
 
 
 def _common_settings(text: str) -> Json:
-    lines = text[:MAX_RECIPE_CHARACTERS].splitlines()
+    lines = text[:MAX_COMMON_CHARACTERS].splitlines()
     last = len(lines) - 1 if lines and lines[-1].startswith("Steps:") else len(lines)
     words, settings_line = lines[:last], "".join(lines[last:])
     start = next((i for i, line in enumerate(words) if line.startswith("Negative prompt:")), len(words))

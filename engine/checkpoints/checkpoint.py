@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine.checkpoints.safe_json import MAX_JSON_BYTES, parse_json
 from engine.checkpoints.safetensors_file import SafetensorsFile, open_safetensors, unreadable
 from engine.problems import bad_file
+from engine.safe_json import MAX_JSON_BYTES, parse_json
 
 FOLDER_PARTS = ("transformer_blocks.safetensors", "unquantized_layers.safetensors")
 

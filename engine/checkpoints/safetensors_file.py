@@ -20,9 +20,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from engine.checkpoints.safe_json import parse_json
 from engine.checkpoints.safetensors_header import DTYPES, MAX_HEADER_BYTES, HeaderError, parse_header, shown
 from engine.problems import Problem, ProblemError, ProblemKind, bad_file, machine_cannot
+from engine.safe_json import parse_json
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 PICKLE_MAGICS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.checkpoints.safe_json import parse_json
 from engine.checkpoints.safetensors_file import SafetensorsFile, open_safetensors, write_safetensors
 from engine.problems import ProblemError, bad_request, machine_cannot
+from engine.safe_json import parse_json
 
 JOB = "job.json"
 SUFFIX = ".safetensors"

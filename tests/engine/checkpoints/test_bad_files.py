@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from engine.checkpoints.checkpoint import open_checkpoint
-from engine.checkpoints.safe_json import parse_json
 from engine.checkpoints.safetensors_file import open_safetensors, write_safetensors
 from engine.problems import ProblemError, ProblemKind
+from engine.safe_json import parse_json
 from tests.conftest import REPO
 
 GOOD = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
@@ -188,7 +188,7 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from engine.checkpoints.checkpoint import open_checkpoint
-from engine.checkpoints.safe_json import parse_json
+from engine.safe_json import parse_json
 from engine.problems import ProblemError
 Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
 peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
