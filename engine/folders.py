@@ -447,6 +447,11 @@ def comfy_files(role: str) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
+def list_loras() -> list[LoraCard]:
+    """LoRA files in the models folders, by name; what a model brings is on its own card."""
+    return [LoraCard(path.stem, str(path)) for path in sorted(comfy_files("lora"), key=lambda p: p.stem.casefold())]
+
+
 def find_lora(file: str, card: ModelCard) -> Path:
     """The file of a LoRA a request names: the bundle's own names first, then a path, then the models folders."""
     for lora in card.loras:

@@ -323,6 +323,30 @@ def test_verify_answers_by_its_exit_code(tonfa, tmp_path, monkeypatch):
     assert "another Tonfa" in stderr
 
 
+def test_quantize_makes_a_file_that_generate_and_inspect_take(tonfa, models, tmp_path):
+    words = ("--out", "q.safetensors", "--rank", 16, "--rounding", "nearest", "--no-smooth")
+    code, result, _ = tonfa("quantize", models / "tiny" / "transformer.safetensors", *words)
+    assert (code, result["precision"], result["rank"]) == (0, "int4", 16)
+    assert len(result["per_layer"]) == 16
+    found = tonfa("inspect", "q.safetensors")[1]
+    assert (found["kind"], found["precision"], found["ranks"]) == ("svdquant", "int4", {"16": 16})
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "home") == ["q.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["missing.safetensors", "--out", "q.safetensors"], "missing.safetensors"),
+        (["x.safetensors"], "--out"),
+        (["x.safetensors", "--out", "q.safetensors", "--rank", "17"], "rank"),
+        (["x.safetensors", "--out", "q.safetensors", "--precision", "int3"], "precision"),
+        (["x.safetensors", "--out", "q.safetensors", "--keep", "fc2"], "keep"),
+    ],
+)
+def test_a_bad_wish_to_quantize_ends_with_two(tonfa, words, said):
+    assert said in error(tonfa("quantize", *words))
+
+
 def test_verify_of_a_picture_without_recipe_is_a_problem(tonfa, tmp_path):
     from PIL import Image
 

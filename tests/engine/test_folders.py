@@ -144,6 +144,7 @@ def test_a_comfyui_tree_is_read_in_place(home, tmp_path, monkeypatch):
     for root in (tree, tree.parent):
         monkeypatch.setenv("TONFA_MODELS", str(root))
         assert folders.comfy_files("lora") == [tree / "loras" / "style" / "bold.safetensors"]
+        assert [card.name for card in folders.list_loras()] == ["bold"]
         assert folders.comfy_files("vae") == [tree / "vae" / "ae.safetensors"]
         assert folders.comfy_files("transformer") == [tree / "unet" / "flux.safetensors"]
     assert sorted(tree.rglob("*")) == before
