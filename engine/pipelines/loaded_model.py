@@ -18,6 +18,7 @@ from engine.device import Device, PlanChoice
 from engine.events import Pixels
 from engine.families.flux import load_flux
 from engine.lora import LoraReport, LoraStack
+from engine.memory import give_back_freed
 from engine.models.flux import Flux
 from engine.pipelines.image_decoder import ImageDecoder
 from engine.problems import bad_file
@@ -147,6 +148,7 @@ class LoadedModel:
         if decoder:
             self._decoder = None
         gc.collect()
+        give_back_freed()
         if self.device.is_cuda:
             torch.cuda.empty_cache()
 
