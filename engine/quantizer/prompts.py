@@ -73,6 +73,8 @@ def choose_prompts(prompts: tuple[str, ...], num_calibration: int, num_held_out:
 def find_prompts(named: str, bundle: Bundle | None) -> tuple[str, ...] | None:
     """The prompts of a request or of the bundle; None where there are none, so nothing can be calibrated.
 
+    A bundle without a prompts file is looked at with the words it knows and the prompts it suggests.
+
     Raises ProblemError for a file that was named but cannot serve.
     """
     if named:
@@ -85,7 +87,9 @@ def find_prompts(named: str, bundle: Bundle | None) -> tuple[str, ...] | None:
     if bundle is None:
         return None
     path = Path(bundle.card.folder) / PROMPTS_FILE
-    return read_prompts(path) if path.is_file() else bundle.card.suggestions or None
+    if path.is_file():
+        return read_prompts(path)
+    return (*bundle.card.suggestions, *bundle.card.words) or None
 
 
 def embed_prompts(

@@ -27,7 +27,7 @@ from engine.text.t5 import T5Encoder
 from engine.text.tokenizer import PromptTokenizer
 
 Check = Callable[[], None]
-CALIBRATION_TOKENS, HELD_OUT_TOKENS = 8192, 2048
+CALIBRATION_TOKENS, HELD_OUT_TOKENS = 16384, 2048
 HELD_OUT_SHARE = 5  # one prompt in five
 LINEAR = re.compile(r"encoder\.block\.(\d+)\.layer\..+\.(q|k|v|o|wi|wi_0|wi_1|wo)\.weight")
 
@@ -123,6 +123,7 @@ class _Calibrator:
         self._encoder = T5Encoder(file, device, dtype, check)
         part = bundle.tokenizers["t5_tokenizer"]
         tokenizer = PromptTokenizer(part.part.path, part.length, part.pad_id)
+        prompts = tuple(dict.fromkeys((*prompts, *bundle.card.words)))  # every word it knows that there is time for
         shuffled = random.Random(seed).sample(prompts, len(prompts))
         split = len(shuffled) // HELD_OUT_SHARE
         held_out, seen = shuffled[:split] or shuffled, [*shuffled[split:], ""]

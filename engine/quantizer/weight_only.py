@@ -25,8 +25,8 @@ def quantize_weight_only(
     """weight (O, K) fp32, bias (O,) fp32 -> weight ~ codes * scales + zeros, scales and zeros in HALF.
 
     symmetric: zeros = -7 * scales, as in FLUX files; else each group gets its own. search: clip every group where
-    that makes its error smaller, else scales just hold the largest weight. With a Hessian (K, K) of the inputs codes
-    are rounded by GPTQ, else to nearest.
+    that makes its error smaller, else scales just hold the largest weight. With a Hessian (K, K) of the inputs
+    codes are rounded by GPTQ, else to nearest.
     """
     rows, k = weight.shape
     groups = weight.view(rows, k // group_size, group_size)
