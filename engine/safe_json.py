@@ -10,7 +10,8 @@ from engine.problems import bad_file
 
 MAX_NESTING = 32
 MAX_JSON_BYTES = 1 << 20  # a config has a few KiB; 1 MiB of "[],[]," is 32 MiB of lists
-_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
+# A string that is never closed ends with the text: searched for again at each quote in it, it took quadratic time.
+_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 
 
 def parse_json(text: str | bytes, source: str) -> Any:
@@ -26,9 +27,11 @@ def parse_json(text: str | bytes, source: str) -> Any:
     def pairs_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            refuse(f"the key {twice[:100]!r} stands in it twice")
+            seen: set[str] = set()
+            for name, _ in pairs:
+                if name in seen:
+                    refuse(f"the key {name[:100]!r} stands in it twice")
+                seen.add(name)
         return result
 
     def finite_float(digits: str) -> float:
