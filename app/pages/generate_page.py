@@ -227,7 +227,7 @@ class GeneratePage(QWidget):
         ui.loras.switched.connect(state.switch_lora)
         ui.loras.remove_requested.connect(state.remove_lora)
         ui.loras.move_requested.connect(state.move_lora)
-        ui.loras.known_chosen.connect(state.add_lora)
+        ui.loras.known_chosen.connect(self.add_lora_file)
         ui.loras.file_requested.connect(self.choose_lora_file)
         ui.loras.show_requested.connect(lambda file: self._open_folder(file))
         ui.lora_dropped.connect(self.add_lora_file)
@@ -292,7 +292,9 @@ class GeneratePage(QWidget):
             self.add_lora_file(file)
 
     def add_lora_file(self, file: str) -> None:
-        if self._composer.add_lora(file):
+        """What does not come with the model is recognised by its content."""
+        own = [lora.file for lora in self._composer.model.loras] if self._composer.model else []
+        if self._composer.add_lora(file) and file not in own:
             self._generation.inspect_lora(file)
 
     def use_recipe(self, picture: Picture | None = None) -> None:
@@ -341,7 +343,7 @@ class GeneratePage(QWidget):
             ui.prompt.set_negative(state.negative)
         ui.prompt.set_surprise_offered(bool(card and card.suggestions))
         self.stage.empty.set_suggestions(card.suggestions if card else ())
-        ui.loras.set_known(state.known_loras())
+        ui.loras.set_known(state.known_loras() + [(one.file, one.name) for one in self._models.loras])
         ui.loras.set_loras([lora_view(one) for one in state.loras])
         ui.size_picker.set_presets(list(card.presets) if card else [])
         ui.size_picker.set_size(state.width, state.height)

@@ -388,9 +388,8 @@ class GenerationState(QObject):
             if self.stopped is None and not self.jobs and self.shown is None:
                 self.shown = self._history.picture(0)
         self._begin_next()
-        if not self.jobs:
-            self._planned_for = None  # measured times are known now
-            self._plan_timer.start()
+        self._planned_for = None  # measured times are known now
+        self._plan_timer.start()
         self.changed.emit()
 
     def _begin_next(self) -> None:

@@ -1,25 +1,25 @@
-"""Which models there are. The built-in one at once, the others when the folders have been read."""
+"""Which models and LoRAs there are. The built-in one at once, the others when the folders have been read."""
 
 from __future__ import annotations
 
 from PySide6.QtCore import QObject, QRunnable, QThreadPool, Signal
 
 from engine import folders
-from engine.folders import ModelCard
+from engine.folders import LoraCard, ModelCard
 from engine.problems import ProblemError
 from engine.requests import BUILT_IN_MODEL
 
 
 class _List(QRunnable):
     class Done(QObject):
-        listed = Signal(list)
+        listed = Signal(list, list)
 
     def __init__(self) -> None:
         super().__init__()
         self.done = _List.Done()
 
     def run(self) -> None:
-        self.done.listed.emit(folders.list_models())
+        self.done.listed.emit(folders.list_models(), folders.list_loras())
 
 
 class ModelsState(QObject):
@@ -28,6 +28,7 @@ class ModelsState(QObject):
     def __init__(self, parent: QObject | None = None) -> None:
         super().__init__(parent)
         self.cards: list[ModelCard] = []
+        self.loras: list[LoraCard] = []  # that lie in the models folders
         self.listed = False
 
     def read_built_in(self) -> None:
@@ -44,8 +45,8 @@ class ModelsState(QObject):
         task.done.listed.connect(self._take)
         QThreadPool.globalInstance().start(task)
 
-    def _take(self, cards: list[ModelCard]) -> None:
-        self.cards, self.listed = cards, True
+    def _take(self, cards: list[ModelCard], loras: list[LoraCard]) -> None:
+        self.cards, self.loras, self.listed = cards, loras, True
         self.changed.emit()
 
     def usable(self, wanted: str = "") -> ModelCard | None:

@@ -15,6 +15,8 @@ from app.widgets.button import Button
 from app.widgets.lora_row import Divider, LoraRow, LoraView
 from app.widgets.menu import Menu
 
+MOST_OFFERED = 30  # more than a menu can show; the file dialog finds the others
+
 
 class _Card(QWidget):
     def paintEvent(self, event: QPaintEvent) -> None:  # noqa: N802  (Qt's name)
@@ -106,7 +108,7 @@ class LoraList(QWidget):
             self.file_requested.emit()
             return
         menu = Menu(self)
-        for file, name in offered:
+        for file, name in offered[:MOST_OFFERED]:
             menu.addAction(name, partial(self.known_chosen.emit, file))
         menu.addSeparator()
         menu.addAction("Choose a file…", self.file_requested.emit)
