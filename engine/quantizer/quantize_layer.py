@@ -61,9 +61,9 @@ class StepErrors:
     """Relative Frobenius error of a layer's output on held-out rows, without the bias in the norm."""
 
     rtn: float  # round to nearest, nothing else
-    smooth: float
-    svdquant: float  # and the low-rank branch
-    final: float  # and the chosen rounding
+    smooth: float  # smoothed as is best without a low-rank branch, which is less than with one
+    svdquant: float  # smoothed as stored, with the low-rank branch, rounded to nearest
+    final: float  # the same with the chosen rounding: what is stored
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +83,8 @@ def quantize_shared_input(
     width = rows.held_out.shape[1]
     if any(layer.weight.shape[1] != width for layer in layers):
         raise ValueError(f"quantize_shared_input: all layers must be {width} wide")
-    factor = _choose_smooth_factor(layers, rows, settings, check)
-    return [_quantize(layer, factor, rows, settings, check) for layer in layers]
+    factors = _choose_smooth_factors(layers, rows, settings, check)
+    return [_quantize(layer, factors, rows, settings, check) for layer in layers]
 
 
 def relative_error(weights: SVDQuantWeights, layer: LayerWeights, x: Tensor) -> float:
@@ -96,64 +96,87 @@ def relative_error(weights: SVDQuantWeights, layer: LayerWeights, x: Tensor) -> 
     return difference / size if size else difference
 
 
-def _choose_smooth_factor(
+@dataclass(frozen=True, eq=False)
+class _SmoothFactors:
+    """Two (K,) in HALF: best with the low-rank branch, which is stored, and best without one, to compare."""
+
+    stored: Tensor
+    alone: Tensor
+
+
+def _choose_smooth_factors(
     layers: Sequence[LayerWeights], rows: Rows, settings: Settings, check: Callable[[], None]
-) -> Tensor:
+) -> _SmoothFactors:
     weights = smooth.weight_sizes([layer.weight for layer in layers])
-    if not settings.smooth:
-        return torch.ones_like(weights, dtype=HALF)
-    if not rows.is_real:
-        return smooth.smooth_factor_from_weights(weights)
+    if not settings.smooth or not rows.is_real:
+        factor = (
+            smooth.smooth_factor_from_weights(weights) if settings.smooth else torch.ones_like(weights).to(HALF)
+        )
+        return _SmoothFactors(factor, factor)
     x = rows.calibration
     activations = smooth.activation_sizes(x, layers[0].input_shift)
 
-    def error(exponents: smooth.Exponents, num_rows: int) -> float:
-        """Of all layers together, low rank included: what smoothing pushes into the weights, that branch takes."""
+    def errors(exponents: smooth.Exponents, num_rows: int) -> tuple[float, float]:
+        """Of all layers' outputs together: with the low-rank branch, which takes what is pushed into the weights,
+        and without."""
         check()
         factor = smooth.smooth_factor(activations, weights, exponents)
         some = x[:: max(1, len(x) // num_rows)]
-        total = 0.0
-        for layer in layers:
-            quantized = _nearest(layer, factor, settings.rank, settings.precision, exact=False)
-            total += relative_error(quantized, layer, some) ** 2
-        return total
+        quantized = _dequantized_input(some, factor, settings.precision, layers[0].input_shift)
+        quantized = quantized - layers[0].input_shift / factor.float()  # what the stored bias takes off again
+        return (
+            sum(_search_error(layer, factor, some, quantized, settings, settings.rank) for layer in layers),
+            sum(_search_error(layer, factor, some, quantized, settings, 0) for layer in layers),
+        )
 
-    best = min(smooth.coarse_candidates(), key=lambda e: error(e, COARSE_ROWS))
-    best = min([best, *smooth.finer_candidates(best)], key=lambda e: error(e, FINE_ROWS))
-    return smooth.smooth_factor(activations, weights, best)
+    coarse = {exponents: errors(exponents, COARSE_ROWS) for exponents in smooth.coarse_candidates()}
+    best, alone = (min(coarse, key=lambda e, i=i: coarse[e][i]) for i in (0, 1))  # type: ignore[misc]
+    best = min([best, *smooth.finer_candidates(best)], key=lambda e: errors(e, FINE_ROWS)[0])
+    return _SmoothFactors(
+        smooth.smooth_factor(activations, weights, best), smooth.smooth_factor(activations, weights, alone)
+    )
+
+
+def _search_error(
+    layer: LayerWeights, factor: Tensor, x: Tensor, quantized: Tensor, settings: Settings, rank: int
+) -> float:
+    """The squared relative error of one layer's output for x (M, K), whose low-bit part sees `quantized` (M, K)."""
+    exact = x @ layer.weight.T
+    residual, proj_down, proj_up = _split(layer, factor, rank, exact=False)
+    grid = GRIDS[settings.precision]
+    scales = group_scales(residual, settings.precision, fused=layer.fused).effective
+    got = quantized @ grid.dequantize(round_nearest(residual, scales, grid), scales).T
+    if rank:
+        got += (x @ proj_down.float()) @ proj_up.float().T
+    size = float(exact.square().sum())
+    return float((got - exact).square().sum()) / size if size else 0.0
 
 
 def _quantize(
-    layer: LayerWeights, factor: Tensor, rows: Rows, settings: Settings, check: Callable[[], None]
+    layer: LayerWeights, factors: _SmoothFactors, rows: Rows, settings: Settings, check: Callable[[], None]
 ) -> QuantizedLayer:
-    ones = torch.ones_like(factor)
-    x = rows.held_out
+    factor, x = factors.stored, rows.held_out
     check()
-    rtn = relative_error(_nearest(layer, ones, 0, settings.precision), layer, x)
-    smoothed = relative_error(_nearest(layer, factor, 0, settings.precision), layer, x)
+    rtn = relative_error(_nearest(layer, torch.ones_like(factor), settings.precision), layer, x)
+    smoothed = relative_error(_nearest(layer, factors.alone, settings.precision), layer, x)
     check()
-    residual, proj_down, proj_up = _split(layer, factor, settings.rank)
-    nearest = _assemble(layer, factor, residual, proj_down, proj_up, settings.precision, None)
-    svdquant = final = relative_error(nearest, layer, x)
-    weights = nearest
+    split = _split(layer, factor, settings.rank)
+    weights = _assemble(layer, factor, *split, settings.precision, None)
+    svdquant = final = relative_error(weights, layer, x)
     if settings.rounding == "gptq":
         check()
-        hessian = None
         if rows.is_real:
             hessian = quantized_hessian(rows.calibration, factor, settings.precision, layer.input_shift)
         else:
             hessian = torch.eye(len(factor), device=factor.device)  # the search for scales is what is left of GPTQ
         check()
-        weights = _assemble(layer, factor, residual, proj_down, proj_up, settings.precision, hessian)
+        weights = _assemble(layer, factor, *split, settings.precision, hessian)
         final = relative_error(weights, layer, x)
     return QuantizedLayer(layer.name, weights, StepErrors(rtn, smoothed, svdquant, final))
 
 
-def _nearest(
-    layer: LayerWeights, factor: Tensor, rank: int, precision: Precision, exact: bool | None = None
-) -> SVDQuantWeights:
-    residual, proj_down, proj_up = _split(layer, factor, rank, exact)
-    return _assemble(layer, factor, residual, proj_down, proj_up, precision, None)
+def _nearest(layer: LayerWeights, factor: Tensor, precision: Precision) -> SVDQuantWeights:
+    return _assemble(layer, factor, *_split(layer, factor, 0), precision, None)
 
 
 def _split(
@@ -189,8 +212,8 @@ def _assemble(
         codes = round_gptq(residual, scales.effective, grid, hessian)
     bias = torch.zeros_like(residual[:, 0]) if layer.bias is None else layer.bias
     if layer.input_shift:
-        levels = grid.decode(codes).view(len(codes), -1, grid.group_size) * scales.effective.unsqueeze(-1)
-        bias = bias - layer.input_shift * (levels.view_as(residual) / factor.float()).sum(dim=1)
+        rounded = grid.dequantize(codes, scales.effective)
+        bias = bias - layer.input_shift * (rounded / factor.float()).sum(dim=1)
     return SVDQuantWeights(
         precision=precision,
         codes=codes,
@@ -209,12 +232,15 @@ def quantized_hessian(x: Tensor, factor: Tensor, precision: Precision, shift: fl
     """(K, K) fp32: mean of q.T @ q over rows q of x (M, K), shifted, smoothed and quantized as w4a4 will."""
     total = torch.zeros(x.shape[1], x.shape[1], device=x.device)
     for rows in torch.split(x, HESSIAN_ROWS):
-        if precision == "int4":
-            codes, scales = quantize_act_int4(rows, factor, unsigned_shift=shift or None)
-        else:
-            codes, scales = quantize_act_nvfp4(rows, factor)
-        grid = GRIDS[precision]
-        levels = grid.decode(codes).view(len(rows), -1, grid.group_size) * scales.float().unsqueeze(-1)
-        quantized = levels.flatten(1)
+        quantized = _dequantized_input(rows, factor, precision, shift)
         total.addmm_(quantized.T, quantized)
     return total / len(x)
+
+
+def _dequantized_input(x: Tensor, factor: Tensor, precision: Precision, shift: float) -> Tensor:
+    """(M, K) fp32: what the codes of x stand for, shifted and smoothed."""
+    if precision == "int4":
+        codes, scales = quantize_act_int4(x, factor, unsigned_shift=shift or None)
+    else:
+        codes, scales = quantize_act_nvfp4(x, factor)
+    return GRIDS[precision].dequantize(codes, scales.float())

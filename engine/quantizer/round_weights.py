@@ -37,6 +37,11 @@ class Grid:
     encode: Callable[[Tensor], Tensor]  # any number -> the nearest code
     decode: Callable[[Tensor], Tensor]  # code -> its value, fp32
 
+    def dequantize(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """codes (N, K), scales (N, K/G) fp32 -> what they stand for, (N, K) fp32; no zeros."""
+        groups = self.decode(codes).view(len(codes), -1, self.group_size)
+        return (groups * scales.unsqueeze(-1)).view(codes.shape)
+
 
 INT4 = Grid(64, lambda u: u.round().clamp(-7, 7).to(torch.int8), lambda codes: codes.float())
 NVFP4 = Grid(16, encode_e2m1, decode_e2m1)
