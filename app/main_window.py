@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from PySide6.QtCore import QEvent, Qt, Signal
+from PySide6.QtCore import QEvent, Qt, QTimer, Signal
 from PySide6.QtGui import QCloseEvent, QKeySequence, QShortcut, QShowEvent
 from PySide6.QtWidgets import QApplication, QGridLayout, QStackedWidget, QWidget
 
@@ -148,5 +148,4 @@ class MainWindow(QWidget):
         self._settings.seed_mode = self._composer.seed_mode
         self._settings.save()
         super().closeEvent(event)
-        self.hide()
-        self.closed.emit()
+        QTimer.singleShot(0, self.closed.emit)  # first the window goes, then what takes time ends

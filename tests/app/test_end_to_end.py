@@ -82,6 +82,7 @@ def opened(qapp: QApplication, model: Path, tmp_path_factory: pytest.TempPathFac
     it.ready()
     yield it
     it.program.window.close()
+    it.program.close()
     os.environ["TONFA_HOME"] = home
     del os.environ["TONFA_MODELS"]
 
@@ -248,7 +249,8 @@ def test_closing_while_a_picture_is_made_ends_everything(opened: Opened) -> None
     child = opened.program.engine.pid
     assert child is not None
     opened.program.window.close()
-    assert opened.program.engine.isFinished()
+    assert not opened.program.window.isVisible()
+    opened.wait(opened.program.engine.isFinished)
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
     assert [file for file in all_files() if file.suffix != ".png"] == []
     opened.idle()  # both were answered

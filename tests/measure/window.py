@@ -94,6 +94,7 @@ def stall(model: str, pictures: int, steps: int) -> None:
         elif len(phases.get("idle", ())) > 500:
             began = time.perf_counter()
             program.window.close()
+            program.close()
             print(f"closing: {time.perf_counter() - began:.2f} s")
             app.quit()
 
