@@ -12,6 +12,7 @@ MAX_NESTING = 32
 MAX_JSON_BYTES = 1 << 20  # a config has a few KiB; 1 MiB of "[],[]," is 32 MiB of lists
 # A string that is never closed ends with the text: searched for again at each quote in it, it took quadratic time.
 _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
+_HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 
 def parse_json(text: str | bytes, source: str) -> Any:
@@ -60,12 +61,17 @@ def parse_json(text: str | bytes, source: str) -> Any:
         if depth > MAX_NESTING:
             refuse(f"its JSON is nested deeper than {MAX_NESTING} levels")
     try:
-        return json.loads(
+        value = json.loads(
             text,
             object_pairs_hook=pairs_once,
             parse_float=finite_float,
             parse_int=short_int,
             parse_constant=lambda name: refuse(f"{name} is not a number"),
         )
+        if _HALF_A_PAIR.search(text):  # such a string can neither be shown, nor written, nor name a file
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        refuse("it holds half a character, which is not text")
     except (ValueError, RecursionError) as error:
         refuse(f"it is not valid JSON ({error})")
+    return value

@@ -41,14 +41,21 @@ def test_a_key_that_comes_twice_is_found_among_very_many():
     assert "'89999' stands in it twice" in refused("{" + ",".join([*names, names[-1]]) + "}")
 
 
+def test_characters_beyond_the_first_plane_come_through_either_spelling():
+    assert parse_json('["\\ud83e\\udd8a", "🦊"]', "It") == ["🦊", "🦊"]
+    assert "not text" in refused('["\\udd8a"]')
+
+
 def test_brackets_within_strings_are_no_nesting():
-    value = {"a\\\"[[": ["[" * 100, '\\"' + "{" * 100, "\\"], "b": []}
+    value = {'a\\"[[': ["[" * 100, '\\"' + "{" * 100, "\\"], "b": []}
     assert parse_json(json.dumps(value), "It") == value
     deep = "[" * MAX_NESTING + "]" * MAX_NESTING
     assert parse_json(deep, "It")
     assert "nested deeper" in refused(f'["\\\\", {deep}]')
 
 
-@pytest.mark.parametrize("text", ["NaN", "[1e999]", "1" * 30, '{"a":1,"a":2}', b"\xff", "", " " * (LARGE + 101)])
+@pytest.mark.parametrize(
+    "text", ["NaN", "[1e999]", "1" * 30, '{"a":1,"a":2}', b"\xff", "", " " * (LARGE + 101), '{"\\ud800": 1}']
+)
 def test_other_nonsense_is_refused(text):
     assert refused(text)
