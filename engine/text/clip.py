@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.checkpoints.safetensors_file import SafetensorsFile
 from engine.problems import bad_file
-from engine.text.files import Check, config_of, fill, finite, text_choice, whole
+from engine.text.files import Check, config_of, fill, finite, known, text_choice, whole
 
 # CLIP ViT-L/14's text half, which FLUX uses; its files often carry no configuration.
 LARGE = {
@@ -61,7 +61,8 @@ class ClipEncoder:
     @torch.inference_mode()
     def encode(self, ids: list[int]) -> Tensor:
         """ids: T tokens -> (1, P) fp32."""
-        pooled: Tensor = self._network(input_ids=torch.tensor([ids], device=self._device)).pooler_output
+        tokens = torch.tensor([known(ids, self.vocabulary_size, self._file)], device=self._device)
+        pooled: Tensor = self._network(input_ids=tokens).pooler_output
         return finite(pooled.float(), self._file)
 
     def _key_of(self, name: str) -> str:

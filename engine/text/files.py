@@ -73,6 +73,16 @@ def fill(
         setattr(network.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
 
 
+def known(ids: list[int], vocabulary_size: int, file: SafetensorsFile) -> list[int]:
+    """The ids, if the encoder has an embedding for each: a tokenizer's post-processor may add any number."""
+    if max(ids) >= vocabulary_size:
+        raise bad_file(
+            f"A token has the number {max(ids)}; {file.path.name} knows those below {vocabulary_size}.",
+            "Download the model again: its tokenizer and text encoder do not belong together.",
+        )
+    return ids
+
+
 def finite(embeds: Tensor, file: SafetensorsFile) -> Tensor:
     """The embeddings, if every number is one; a damaged file must not end in a black picture."""
     if not bool(torch.isfinite(embeds).all()):

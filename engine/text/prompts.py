@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -29,9 +30,9 @@ class TextEncoders:
     ) -> None:
         """Raises ProblemError where tokenizer and encoder do not belong together."""
         for encoder, tokenizer in ((t5, t5_tokenizer), (clip, clip_tokenizer)):
-            if tokenizer.vocabulary_size > encoder.vocabulary_size:
+            if tokenizer.largest_id >= encoder.vocabulary_size:
                 raise bad_file(
-                    f"The tokenizer knows {tokenizer.vocabulary_size} pieces, its text encoder only "
+                    f"The tokenizer numbers its pieces up to {tokenizer.largest_id}, its text encoder knows "
                     f"{encoder.vocabulary_size}: they do not belong together.",
                     "Download the model again.",
                 )
@@ -52,18 +53,29 @@ class TextEncoders:
 
 
 class PromptMemory:
-    """Embeddings of the last prompts, on the CPU: a slider moved again needs no text encoder."""
+    """Embeddings of the last prompts, on the CPU: a slider moved again needs no text encoder.
+
+    Plans ask from another thread (`in`, which changes nothing) while a picture is made.
+    """
 
     def __init__(self, size: int = 16) -> None:
         self._size = size
         self._known: OrderedDict[str, PromptEmbeds] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __contains__(self, prompt: str) -> bool:
+        with self._lock:
+            return prompt in self._known
 
     def get(self, prompt: str) -> PromptEmbeds | None:
-        if prompt in self._known:
-            self._known.move_to_end(prompt)
-        return self._known.get(prompt)
+        with self._lock:
+            if prompt in self._known:
+                self._known.move_to_end(prompt)
+            return self._known.get(prompt)
 
     def put(self, prompt: str, embeds: PromptEmbeds) -> None:
-        self._known[prompt] = PromptEmbeds(embeds.text.cpu(), embeds.pooled.cpu())
-        while len(self._known) > self._size:
-            self._known.popitem(last=False)
+        kept = PromptEmbeds(embeds.text.cpu(), embeds.pooled.cpu())
+        with self._lock:
+            self._known[prompt] = kept
+            while len(self._known) > self._size:
+                self._known.popitem(last=False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from engine.checkpoints.safetensors_file import SafetensorsFile
 from engine.checkpoints.svdquant_file import read_w4a16
 from engine.layers.svdquant_linear import W4A16Linear
-from engine.text.files import Check, config_of, fill, finite, text_choice, whole
+from engine.text.files import Check, config_of, fill, finite, known, text_choice, whole
 
 # T5 v1.1 XXL, which FLUX uses; its files often carry no configuration.
 XXL = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
@@ -50,7 +50,8 @@ class T5Encoder:
     def encode(self, ids: list[int], check: Check = lambda: None) -> Tensor:
         """ids: T tokens -> (1, T, C) fp32. No attention mask: FLUX was trained without. `check` runs per layer."""
         self._check = check
-        embeds: Tensor = self._network(input_ids=torch.tensor([ids], device=self._device)).last_hidden_state
+        tokens = torch.tensor([known(ids, self.vocabulary_size, self._file)], device=self._device)
+        embeds: Tensor = self._network(input_ids=tokens).last_hidden_state
         return finite(embeds.float(), self._file)
 
     def linears(self) -> dict[str, nn.Linear]:
@@ -85,6 +86,7 @@ def _config(config: Mapping[str, Any], where: str) -> Any:
     def size(name: str, high: int) -> int:
         return whole(config, name, XXL[name], 1, high, where)
 
+    buckets = whole(config, "relative_attention_num_buckets", 32, 4, 4096, where)
     return T5Config(
         vocab_size=size("vocab_size", 2**20),
         d_model=size("d_model", 2**16),
@@ -92,8 +94,11 @@ def _config(config: Mapping[str, Any], where: str) -> Any:
         d_ff=size("d_ff", 2**18),
         num_layers=size("num_layers", 256),
         num_heads=size("num_heads", 1024),
-        relative_attention_num_buckets=whole(config, "relative_attention_num_buckets", 32, 2, 4096, where),
-        relative_attention_max_distance=whole(config, "relative_attention_max_distance", 128, 2, 2**16, where),
+        relative_attention_num_buckets=buckets,
+        # a quarter of the buckets are single distances; the others divide what lies between that and the largest
+        relative_attention_max_distance=whole(
+            config, "relative_attention_max_distance", 128, buckets // 4 + 1, 2**16, where
+        ),
         feed_forward_proj=text_choice(config, "feed_forward_proj", ("gated-gelu", "relu"), where),
         dropout_rate=0.0,
         is_encoder_decoder=False,

@@ -31,11 +31,30 @@ class PromptTokenizer:
                 f"{path.name} is damaged: it is not a tokenizer.", "Download the model again.", f"{path}: {error!r}"
             ) from None
 
+        self._name = path.name
+
     @property
-    def vocabulary_size(self) -> int:
-        return self._tokenizer.get_vocab_size()
+    def largest_id(self) -> int:
+        """Of its pieces and of what a prompt is padded with."""
+        return max([self._pad_id, *self._tokenizer.get_vocab().values()])
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids, cut or padded to `length`; the end token is kept when the prompt is cut."""
-        ids = self._tokenizer.encode(prompt).ids
-        return ids + [self._pad_id] * (self.length - len(ids))
+        """Token ids, cut or padded to `length`; the end token is kept when the prompt is cut.
+
+        Raises ProblemError for a tokenizer that cannot tell a prompt's tokens, or not in `length`.
+        """
+        try:
+            ids = self._tokenizer.encode(prompt).ids
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # as above
+            raise bad_file(
+                f"{self._name} cannot turn this prompt into tokens.", "Download the model again.", repr(error)
+            ) from None
+        ids = ids + [self._pad_id] * (self.length - len(ids))
+        if len(ids) > self.length:
+            raise bad_file(
+                f"{self._name} makes {len(ids)} tokens of a prompt; the model takes {self.length}.",
+                "Download the model again.",
+            )
+        return ids

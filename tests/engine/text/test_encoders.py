@@ -114,6 +114,8 @@ def test_clip_gives_what_transformers_gives_with_either_spelling(files, tmp_path
         ({"d_ff": 96}, "expected the shape"),
         ({"num_layers": 3}, "missing"),
         ({"feed_forward_proj": "gated-evil"}, "feed_forward_proj"),
+        ({"relative_attention_num_buckets": 2}, "relative_attention_num_buckets"),
+        ({"relative_attention_max_distance": 8}, "relative_attention_max_distance"),
     ],
 )
 def test_a_t5_file_that_contradicts_its_config_is_a_problem(files, tmp_path, change, words):
@@ -161,6 +163,54 @@ def test_a_tokenizer_of_another_encoder_is_a_problem(files, tmp_path):
         TextEncoders(t5, clip, big, small)
     with pytest.raises(ProblemError, match="CLIP takes 16 tokens"):
         TextEncoders(t5, clip, small, PromptTokenizer(files["tokenizer"], 20, 0))
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "pad_id", "words"),
+    [({"zzz": 100_000}, 0, "do not belong together"), ({"zzz": 0}, 64, "do not belong together")],
+    ids=["few pieces with high numbers", "padding"],
+)
+def test_the_largest_number_of_a_token_counts(files, tmp_path, vocabulary, pad_id, words):
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel(vocabulary, unk_token="zzz")).save(str(tmp_path / "other.json"))
+    good = PromptTokenizer(files["tokenizer"], 8, 0)
+    other = PromptTokenizer(tmp_path / "other.json", 8, pad_id)
+    t5 = T5Encoder(open_safetensors(files["t5"]), CPU, torch.float32)
+    clip = ClipEncoder(open_safetensors(files["clip"]), CPU, torch.float32)
+    for pair in ((other, good), (good, other)):
+        with pytest.raises(ProblemError, match=words):
+            TextEncoders(t5, clip, *pair)
+
+
+def test_a_special_token_the_encoder_does_not_know_is_a_problem(files, tmp_path):
+    content = json.loads(files["tokenizer"].read_text())
+    content["post_processor"]["special_tokens"]["</s>"]["ids"] = [999]
+    (tmp_path / "special.json").write_text(json.dumps(content))
+    special = PromptTokenizer(tmp_path / "special.json", 8, 0)
+    t5 = T5Encoder(open_safetensors(files["t5"]), CPU, torch.float32)
+    clip = ClipEncoder(open_safetensors(files["clip"]), CPU, torch.float32)
+    good = PromptTokenizer(files["tokenizer"], 8, 0)
+    for pair in ((special, good), (good, special)):
+        with pytest.raises(ProblemError, match="number 999"):
+            TextEncoders(t5, clip, *pair).encode("fox")
+
+
+def test_a_tokenizer_without_a_piece_for_unknown_words_is_a_problem(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]")).save(str(tmp_path / "small.json"))
+    with pytest.raises(ProblemError, match="cannot turn this prompt into tokens"):
+        PromptTokenizer(tmp_path / "small.json", 8, 0).encode("zzz")
+
+
+def test_asking_whether_a_prompt_is_known_changes_nothing():
+    memory = PromptMemory(size=2)
+    for word in ("a", "b"):
+        memory.put(word, PromptEmbeds(torch.zeros(1), torch.zeros(1)))
+    assert "a" in memory
+    memory.put("c", PromptEmbeds(torch.zeros(1), torch.zeros(1)))
+    assert "a" not in memory
 
 
 def test_the_last_prompts_are_remembered_and_older_ones_forgotten():
