@@ -27,6 +27,7 @@ from engine.safe_json import MAX_JSON_BYTES, parse_json
 APP = "Tonfa"
 BUNDLE_FILE = "bundle.json"
 BUNDLE_FORMAT = 1
+TOKEN_PIXELS = 16  # the side of a token: latents are 8 times smaller, and 2 x 2 of them are one token
 MODEL_SUFFIXES = (".safetensors",)
 # Where ComfyUI and its relatives keep each kind of file below `models/`.
 COMFY_FOLDERS = {
@@ -51,7 +52,7 @@ def assets() -> Path:
 
 def _home() -> Path | None:
     home = os.environ.get("TONFA_HOME", "").strip()
-    return Path(home).expanduser().absolute() if home else None
+    return Path(os.path.expanduser(home)).absolute() if home else None
 
 
 def cache() -> Path:
@@ -84,7 +85,9 @@ def user_models() -> Path:
 def models_folders() -> list[Path]:
     """Folders that are searched for models and LoRAs, first wins: the user's own, added ones, the built-in."""
     added = [
-        Path(part).expanduser() for part in os.environ.get("TONFA_MODELS", "").split(os.pathsep) if part.strip()
+        Path(os.path.expanduser(part))
+        for part in os.environ.get("TONFA_MODELS", "").split(os.pathsep)
+        if part.strip()
     ]
     listed = settings() / "models-folders.json"
     if listed.is_file():
@@ -93,7 +96,7 @@ def models_folders() -> list[Path]:
         except ProblemError:
             content = []  # a broken settings file must not hide the built-in model
         if isinstance(content, list):
-            added += [Path(part).expanduser() for part in content if isinstance(part, str) and part.strip()]
+            added += [Path(os.path.expanduser(part)) for part in content if isinstance(part, str) and part.strip()]
     return list(dict.fromkeys(folder.absolute() for folder in [*added, user_models(), assets()]))
 
 
@@ -123,6 +126,18 @@ def _names(folder: Path) -> list[str]:
         return sorted(entry.name for entry in os.scandir(folder))
     except OSError:
         return []
+
+
+def named_path(text: str) -> Path:
+    """The path a person wrote; a leading ~ is their home. Raises ProblemError for what no file can be called."""
+    path = Path(os.path.expanduser(text))
+    try:
+        os.stat(path / BUNDLE_FILE)  # the longest name that is looked for below it
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as error:  # too long, a NUL, half a surrogate pair
+        raise bad_request(f"No file can be called {text[:60]!r}.", "Choose another name.") from error
+    return path
 
 
 # ------------------------------------------------------------------------------------------------ small files
@@ -155,7 +170,17 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The file's SHA-256 in hex; kept in the cache by (path, size, time), since model files have gigabytes."""
+    """The file's SHA-256 in hex; kept in the cache by (path, size, time), since model files have gigabytes.
+
+    Raises ProblemError when it cannot be read.
+    """
+    try:
+        return _sha256(path)
+    except OSError as error:
+        raise bad_file(f"{path.name} cannot be read.", "Check the file and its permissions.", str(error)) from None
+
+
+def _sha256(path: Path) -> str:
     stat = path.stat()
     known_file = cache() / "hashes.json"
     key = f"{path.absolute()}|{stat.st_size}|{stat.st_mtime_ns}"
@@ -228,7 +253,7 @@ class JsonFields:
     file: str
     path: str = ""
 
-    def _wrong(self, key: str, expected: str) -> ProblemError:
+    def wrong(self, key: str, expected: str) -> ProblemError:
         got = self.content.get(key)
         return bad_file(
             f"{self.file} is damaged: {self.path}{key} should be {expected}, not {str(got)[:60]!r}.",
@@ -238,37 +263,37 @@ class JsonFields:
     def text(self, key: str, default: str | None = None) -> str:
         value = self.content.get(key, default)
         if not isinstance(value, str) or len(value) > 10_000:
-            raise self._wrong(key, "text")
+            raise self.wrong(key, "text")
         return value
 
     def number(self, key: str, low: float, high: float, default: float | None = None) -> float:
         value = self.content.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise self._wrong(key, f"a number from {low:g} to {high:g}")
+            raise self.wrong(key, f"a number from {low:g} to {high:g}")
         return value
 
     def whole(self, key: str, low: int, high: int, default: int | None = None) -> int:
         value = self.number(key, low, high, default)
         if not isinstance(value, int):
-            raise self._wrong(key, "a whole number")
+            raise self.wrong(key, "a whole number")
         return value
 
     def texts(self, key: str) -> tuple[str, ...]:
         value = self.content.get(key, [])
         if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-            raise self._wrong(key, "a list of texts")
+            raise self.wrong(key, "a list of texts")
         return tuple(value)
 
     def items(self, key: str) -> list[Any]:
         value = self.content.get(key, [])
         if not isinstance(value, list):
-            raise self._wrong(key, "a list")
+            raise self.wrong(key, "a list")
         return value
 
     def inner(self, key: str) -> JsonFields:
         value = self.content.get(key)
         if not isinstance(value, dict):
-            raise self._wrong(key, "an object")
+            raise self.wrong(key, "an object")
         return JsonFields(value, self.file, f"{self.path}{key}.")
 
 
@@ -297,12 +322,19 @@ def part_path(folder: Path, path: str, file: str) -> Path:
 
 
 def read_card(folder: Path) -> ModelCard:
-    """The card of a bundle. Raises ProblemError where the JSON is wrong or a part is missing."""
+    """The card of a bundle. Raises ProblemError where the JSON is wrong or a part is missing or out of reach."""
+    try:
+        return _read_card(folder)
+    except (OSError, ValueError) as error:
+        raise bad_file(
+            f"The files of the model {folder.name} cannot be read.", "Check its bundle.json.", repr(error)
+        ) from None
+
+
+def _read_card(folder: Path) -> ModelCard:
     fields = bundle_fields(folder)
     sizes, defaults = fields.inner("sizes"), fields.inner("defaults")
-    step = sizes.whole("step", 1, 1024)
-    smallest = sizes.whole("min", 1, 65536)
-    largest = sizes.whole("max", smallest, 65536)
+    step, smallest, largest = _size_limits(sizes)
     presets = []
     for preset in sizes.items("presets"):
         if not (isinstance(preset, list) and len(preset) == 3 and isinstance(preset[0], str)):
@@ -332,6 +364,18 @@ def read_card(folder: Path) -> ModelCard:
         words=words,
         suggestions=suggestions,
     )
+
+
+def _size_limits(sizes: JsonFields) -> tuple[int, int, int]:
+    """Step, smallest and largest side in pixels: a token is 16 pixels wide, and one size at least must be left."""
+    step = sizes.whole("step", TOKEN_PIXELS, 1024)
+    smallest = sizes.whole("min", TOKEN_PIXELS, 65536)
+    largest = sizes.whole("max", smallest, 65536)
+    if step % TOKEN_PIXELS:
+        raise sizes.wrong("step", f"a multiple of {TOKEN_PIXELS}")
+    if -(-smallest // step) * step > largest:
+        raise sizes.wrong("max", f"at least the first multiple of {step} above {smallest}")
+    return step, smallest, largest
 
 
 def _size(value: Any, smallest: int, largest: int, file: str) -> tuple[int, int]:
@@ -408,7 +452,7 @@ def list_models() -> list[ModelCard]:
 
 def find_model(model: str) -> Path:
     """The bundle's folder for what a request names: a path, a folder's name, or a bundle's own name."""
-    path = Path(model).expanduser()
+    path = named_path(model)
     if path.name == BUNDLE_FILE and path.is_file():
         return path.parent.absolute()
     if (path / BUNDLE_FILE).is_file():
@@ -461,7 +505,7 @@ def find_lora(file: str, card: ModelCard) -> Path:
             Path(lora.file).stem.casefold(),
         ):
             return Path(lora.file)
-    path = Path(file).expanduser()
+    path = named_path(file)
     if path.is_file():
         return path.absolute()
     for one in comfy_files("lora"):

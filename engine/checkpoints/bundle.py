@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.folders import JsonFields, ModelCard, bundle_fields, part_path, read_card, sha256
+from engine.folders import TOKEN_PIXELS, JsonFields, ModelCard, bundle_fields, part_path, read_card, sha256
 from engine.problems import bad_file
 
 WEIGHTS = ("transformer", "t5", "clip", "vae")
 TOKENIZERS = ("t5_tokenizer", "clip_tokenizer")
 PREVIEW_CHANNELS = 3
+LARGEST_MU = 10.0  # the shift is exp(mu): 22,000 is more than any model has, and far from overflow
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ def read_bundle(folder: Path) -> Bundle:
         card=card,
         weights={role: _part(folder, parts, role) for role in WEIGHTS},
         tokenizers={role: _tokenizer(folder, parts, role) for role in TOKENIZERS},
-        shift=_shift(defaults),
+        shift=_shift(defaults, card),
         preview=_preview(fields) if "preview" in fields.content else None,
     )
 
@@ -93,17 +94,19 @@ def _tokenizer(folder: Path, parts: JsonFields, role: str) -> TokenizerPart:
     )
 
 
-def _shift(defaults: JsonFields) -> float | Mapping[str, float]:
+def _shift(defaults: JsonFields, card: ModelCard) -> float | Mapping[str, float]:
     if not isinstance(defaults.content.get("shift"), dict):
         return defaults.number("shift", 0.01, 100, 1.0)
     fields = defaults.inner("shift")
     first = fields.whole("base_tokens", 1, 2**24)
-    return {
-        "base_tokens": first,
-        "base": fields.number("base", -10, 10),
-        "max_tokens": fields.whole("max_tokens", first + 1, 2**24),
-        "max": fields.number("max", -10, 10),
-    }
+    low = fields.number("base", -LARGEST_MU, LARGEST_MU)
+    last = fields.whole("max_tokens", first + 1, 2**25)
+    high = fields.number("max", -LARGEST_MU, LARGEST_MU)
+    for side in (card.size_min, card.size_max):  # mu is a line: between these two it stays within them
+        mu = low + (high - low) / (last - first) * ((side // TOKEN_PIXELS) ** 2 - first)
+        if abs(mu) > LARGEST_MU:
+            raise fields.wrong("max", f"one that keeps mu within {LARGEST_MU:g} at {side} x {side} pixels")
+    return {"base_tokens": first, "base": low, "max_tokens": last, "max": high}
 
 
 def _preview(fields: JsonFields) -> PreviewMatrix:
@@ -111,7 +114,9 @@ def _preview(fields: JsonFields) -> PreviewMatrix:
     rows = preview.items("matrix")
     every = [*rows, preview.items("bias")]
     if not rows or not all(
-        isinstance(row, list) and len(row) == PREVIEW_CHANNELS and all(type(x) in (int, float) for x in row)
+        isinstance(row, list)
+        and len(row) == PREVIEW_CHANNELS
+        and all(type(x) in (int, float) and abs(x) < 1e6 for x in row)
         for row in every
     ):
         raise bad_file(
