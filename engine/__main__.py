@@ -35,6 +35,7 @@ from engine.events import (
     QuantizeProgress,
     StepDone,
 )
+from engine.folders import named_path
 from engine.problems import EXIT_CODE, Problem, ProblemError, bad_file, bad_request, internal_error
 from engine.requests import (
     BUILT_IN_MODEL,
@@ -155,7 +156,7 @@ def _recipe_fields(file: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     from engine.folders import find_model, read_card
     from engine.pipelines.verify_picture import find_used_lora
 
-    path = Path(file).expanduser()
+    path = named_path(file)
     told = {**recipe.settings_of(recipe.read_png(path)[1], path.name), **fields}
     loras = told.get("loras", ())
     if "loras" not in fields and loras:
@@ -177,7 +178,7 @@ def image_requests(options: argparse.Namespace) -> list[ImageRequest]:
             raise bad_request("No prompt is given.", "Add --prompt TEXT.")
         return [_with_out(ImageRequest(**fields, previews=False))]
     requests = []
-    for number, line in enumerate(_job_lines(Path(options.jobs).expanduser()), start=1):
+    for number, line in enumerate(_job_lines(named_path(options.jobs)), start=1):
         if not line.strip():
             continue
         try:
@@ -297,7 +298,7 @@ def _tell(event: Event, progress: _Progress) -> None:
         case Notice(what):
             progress.line(what)
         case ImageStarted(image, images, seed):
-            progress.say(f"Picture {image} of {images}, seed {seed}")
+            progress.say(f"Picture {image} of {images}", f", seed {seed}")
         case StepDone(image, images, step, steps, elapsed):
             progress.say(f"Picture {image} of {images}", f", step {step} of {steps}, {elapsed:.1f} s")
         case ImageDone(file=file, seconds=seconds):

@@ -8,11 +8,14 @@ folder, a list of paths, does the same for the window.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+import stat
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -27,6 +30,7 @@ from engine.safe_json import MAX_JSON_BYTES, parse_json
 APP = "Tonfa"
 BUNDLE_FILE = "bundle.json"
 BUNDLE_FORMAT = 1
+HASHED_BYTES = 2**22  # at a time: 3 ms
 TOKEN_PIXELS = 16  # the side of a token: latents are 8 times smaller, and 2 x 2 of them are one token
 MODEL_SUFFIXES = (".safetensors",)
 # Where ComfyUI and its relatives keep each kind of file below `models/`.
@@ -117,7 +121,7 @@ def todays_pictures(today: date | None = None) -> Path:
 
 def next_picture(folder: Path, seed: int) -> Path:
     """The next free NNNN-seed.png in `folder`; numbers go on from the highest that is there."""
-    numbers = [int(match[1]) for name in _names(folder) if (match := re.match(r"(\d{4,9})-", name))]
+    numbers = [int(match[1]) for name in _names(folder) if (match := re.match(r"([0-9]{4,9})-", name))]
     return folder / f"{max(numbers, default=0) + 1:04d}-{seed}.png"
 
 
@@ -146,6 +150,7 @@ def named_path(text: str) -> Path:
 def read_json(path: Path) -> Any:
     """Read a JSON file that may be damaged or hostile: at most 1 MiB, see safe_json. Raises ProblemError."""
     try:
+        check_regular(path)
         with path.open("rb") as file:
             text = file.read(MAX_JSON_BYTES + 1)
     except OSError as error:
@@ -153,9 +158,15 @@ def read_json(path: Path) -> Any:
     return parse_json(text, path.name)
 
 
+def check_regular(path: Path) -> None:
+    """Refuse a pipe or a device, which could be read for ever. Raises ProblemError; OSError where nothing is."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise bad_file(f"{path.name} is not a file.", "Choose a file.", str(path))
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that it is there complete or not at all: a temporary name, then one rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = unfinished(path)
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
@@ -166,24 +177,48 @@ def write_whole(path: Path, content: bytes) -> None:
             str(error),
         ) from None
     finally:
+        discard(temporary)
+
+
+_unfinished: set[Path] = set()  # temporary files of this process, until they are renamed or discarded
+
+
+def unfinished(path: Path) -> Path:
+    """A temporary name beside `path`, short where that name is as long as a name may be. End it with `discard`."""
+    temporary = path.with_name(f".tonfa-{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
+    _unfinished.add(temporary)
+    return temporary
+
+
+def discard(temporary: Path) -> None:
+    """Remove a temporary file, if it is still there."""
+    with contextlib.suppress(OSError):  # what failed before is what has to be told
         temporary.unlink(missing_ok=True)
+    _unfinished.discard(temporary)
 
 
-def sha256(path: Path) -> str:
+def discard_unfinished() -> None:
+    """Remove all temporary files of this process, which is about to end without another word."""
+    for temporary in tuple(_unfinished):
+        discard(temporary)
+
+
+def sha256(path: Path, check: Callable[[], None] = lambda: None) -> str:
     """The file's SHA-256 in hex; kept in the cache by (path, size, time), since model files have gigabytes.
 
-    Raises ProblemError when it cannot be read.
+    `check` is called again and again and may raise to stop. Raises ProblemError when the file cannot be read.
     """
     try:
-        return _sha256(path)
+        check_regular(path)
+        return _sha256(path, check)
     except OSError as error:
         raise bad_file(f"{path.name} cannot be read.", "Check the file and its permissions.", str(error)) from None
 
 
-def _sha256(path: Path) -> str:
-    stat = path.stat()
+def _sha256(path: Path, check: Callable[[], None]) -> str:
+    status = path.stat()
     known_file = cache() / "hashes.json"
-    key = f"{path.absolute()}|{stat.st_size}|{stat.st_mtime_ns}"
+    key = f"{path.absolute()}|{status.st_size}|{status.st_mtime_ns}"
     known: dict[str, str] = {}
     try:
         content = read_json(known_file) if known_file.is_file() else {}
@@ -191,8 +226,12 @@ def _sha256(path: Path) -> str:
     except ProblemError:
         pass  # a damaged cache is made again
     if key not in known:
+        digest = hashlib.sha256()
         with path.open("rb") as file:
-            known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+            while piece := file.read(HASHED_BYTES):
+                check()
+                digest.update(piece)
+        known[key] = digest.hexdigest()
         kept = dict(list(known.items())[-1000:])
         try:
             known_file.parent.mkdir(parents=True, exist_ok=True)
@@ -213,6 +252,7 @@ class LoraCard:
     file: str  # absolute path
     strength: float = 1.0
     words: tuple[str, ...] = ()  # trigger words
+    sha256: str = ""  # what the bundle says the file is, "" where it says nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,7 +453,13 @@ def _bundle_loras(folder: Path, fields: JsonFields) -> tuple[LoraCard, ...]:
         one = JsonFields(item, fields.file, f"loras.{index}.")
         path = part_path(folder, one.text("path"), fields.file)
         cards.append(
-            LoraCard(one.text("name"), str(path), one.number("strength", -100, 100, 1.0), one.texts("words"))
+            LoraCard(
+                one.text("name"),
+                str(path),
+                one.number("strength", -100, 100, 1.0),
+                one.texts("words"),
+                one.text("sha256", "").lower(),
+            )
         )
     return tuple(cards)
 

@@ -82,4 +82,4 @@ def plan(
         return MemoryPlan(stages, True, together, "fits")
     if together <= available:
         return MemoryPlan(stages, True, together, "tight")
-    return MemoryPlan(stages, False, apart, "tight" if apart <= available else "too large")
+    return MemoryPlan(stages, False, apart, "moves" if apart <= available else "too large")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
 import queue
 import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -77,6 +77,7 @@ class Engine:
     """Runs requests one at a time. `cancel` and `plan` may be called from other threads meanwhile."""
 
     def __init__(self) -> None:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to repeat itself
         torch.use_deterministic_algorithms(True, warn_only=True)
         # filling every new buffer costs time and decides nothing
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -137,7 +138,7 @@ class Engine:
             free_bytes=available,
             total_bytes=total,
             seconds=seconds,
-            fits=layout.fits,
+            fits="tight" if layout.fits == "moves" and not on_card else layout.fits,
         )
 
     def unload(self) -> None:
@@ -158,7 +159,7 @@ class Engine:
             case PrepareRequest():
                 return (yield from self._prepare(request, check))
             case InspectRequest():
-                return inspect_file(Path(request.file).expanduser(), check)
+                return inspect_file(folders.named_path(request.file), check)
             case VerifyRequest():
                 return (yield from self._verify(request, check))
             case DoctorRequest():
@@ -179,14 +180,15 @@ class Engine:
         encode_from = perf_counter()
         yield from _watched(lambda _: model.embeddings(prompts, check))
         encode_s = perf_counter() - encode_from
-        drawn: list[tuple[Drawn, str]] = []
+        files: list[str] = []
+        denoise_s = decode_s = 0.0
         for index, picture in enumerate(job.settled.pictures, start=1):
-            drawn.append((yield from self._one_image(request, job, model, picture, index, check)))
-        denoise_s = sum(one.denoise_s for one, _ in drawn)
-        decode_s = sum(one.decode_s for one, _ in drawn)
-        self._remember(job, request, model, encode_s / missing if missing else None, drawn[-1][0])
+            drawn, file = yield from self._one_image(request, job, model, picture, index, check)
+            files += [file] if file else []
+            denoise_s, decode_s = denoise_s + drawn.denoise_s, decode_s + drawn.decode_s
+        self._remember(job, request, model, encode_s / missing if missing else None, drawn)
         return {
-            "out": [file for _, file in drawn if file],
+            "out": files,
             "model": job.bundle.card.name,
             "family": job.bundle.card.family,
             "plan": plan_counts(model.network),
@@ -250,7 +252,7 @@ class Engine:
         return {"model": job.bundle.card.name, "seconds": {"load": round(load_s, 3)}}
 
     def _verify(self, request: VerifyRequest, check: Callable[[], None]) -> Work[dict[str, Any]]:
-        path = Path(request.file).expanduser()
+        path = folders.named_path(request.file)
         pixels, texts = recipe.read_png(path)
         told = recipe.recipe_of(texts, path.name)
         image = request_of(told, path.name, request.model)

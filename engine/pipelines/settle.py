@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.checkpoints.bundle import Bundle
-from engine.folders import ModelCard, find_lora, next_picture
+from engine.folders import ModelCard, find_lora, named_path, next_picture
 from engine.pipelines.text_to_image import Picture
 from engine.problems import bad_request
 from engine.requests import ImageRequest
@@ -92,7 +92,7 @@ def check_out(out: str, count: int) -> None:
     """Refuse a place where nothing can be written before an hour is spent on pictures for it."""
     if not out:
         return
-    path = Path(out).expanduser()
+    path = named_path(out)
     folder = path if path.is_dir() else path.parent
     if not path.is_dir() and path.suffix.lower() != ".png":
         raise bad_request(f"Pictures are saved as PNG, not as {path.name!r}.", "Choose a name that ends in .png.")
@@ -106,7 +106,7 @@ def picture_path(out: str, seed: int, count: int) -> Path | None:
     """Where a picture goes: NNNN-seed.png in a folder, else the name; with several the seed before the suffix."""
     if not out:
         return None
-    path = Path(out).expanduser()
+    path = named_path(out)
     if path.is_dir():
         return next_picture(path, seed)
     return path if count == 1 else path.with_name(f"{path.stem}-{seed}{path.suffix}")

@@ -30,7 +30,7 @@ from engine.events import (
     StepDone,
 )
 from engine.models.flux import Flux
-from engine.problems import ProblemKind, machine_cannot
+from engine.problems import ProblemError, ProblemKind, machine_cannot
 from engine.requests import ImageRequest, LoraChoice, PrepareRequest, Request, VerifyRequest
 from engine.session import Engine
 from tests.end_to_end.tiny_bundle import make_tiny_bundle
@@ -159,7 +159,7 @@ def test_parts_that_take_turns_give_the_same_bytes(tiny, monkeypatch):
 
     def apart(*arguments: Any) -> Any:
         layout = plan(*arguments)
-        return type(layout)(layout.stages, False, layout.peak_bytes, "tight")
+        return type(layout)(layout.stages, False, layout.peak_bytes, "moves")
 
     monkeypatch.setattr(session.memory, "plan", apart)
     engine = Engine()
@@ -435,3 +435,36 @@ def test_unloading_frees_the_network(tiny):
     network = weakref.ref(engine._model.network)
     engine.unload()
     assert network() is None
+
+
+ODD = [
+    "\0",
+    "a" * 5000,
+    "a/" * 3000,
+    "..",
+    "/",
+    "~nobody/x",
+    "con",
+    "\ud800",
+    "/dev/null",
+    "/proc/self/mem",
+    "a\nb",
+]
+
+
+@pytest.mark.parametrize("text", ODD, ids=lambda text: ascii(text)[:20])
+@pytest.mark.parametrize("name", ["model", "lora", "out", "verify"])
+def test_odd_names_end_in_a_problem_of_the_person(tiny, engine, name, text):
+    try:
+        requests = {
+            "model": lambda: ImageRequest("x", model=text),
+            "lora": lambda: ImageRequest("x", model=str(tiny), loras=(LoraChoice(text),)),
+            "out": lambda: ImageRequest("x", model=str(tiny), out=text.strip("./") + "x"),  # never a folder
+            "verify": lambda: VerifyRequest(text),
+        }
+        request: Request = requests[name]()
+    except ProblemError:
+        return  # refused when it was made
+    final = run(engine, request)[-1]
+    assert isinstance(final, Failed)
+    assert final.problem.kind in (ProblemKind.REQUEST, ProblemKind.FILE), final.problem
