@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from PySide6.QtCore import QObject, QTimer, Signal, Slot
-from PySide6.QtGui import QImage
 
 from app import images
 from app.state import words
 from app.state.composer import ComposerState, LoraUse
 from app.state.history import History, Picture
+from app.state.jobs import Job, ModelState, Running, Trouble
 from app.state.memory import MemoryNow
 from engine import folders
 from engine.events import (
@@ -52,59 +51,6 @@ class Engine(Protocol):
     def cancel(self, job: int) -> None: ...
     def plan(self, request: ImageRequest) -> None: ...
     def go_on(self) -> None: ...
-
-
-@dataclass(slots=True)
-class Job:
-    """A picture request in the queue, and how long it is expected to take."""
-
-    id: int
-    request: ImageRequest
-    predicted_s: float | None
-    stopping: bool = False
-
-
-@dataclass(slots=True)
-class Running:
-    """The picture that is being made now, or was when it stopped."""
-
-    job: Job
-    image: int = 1
-    images: int = 1
-    seed: int = 0
-    steps: int = 0
-    step: int = 0
-    width: int = 1
-    height: int = 1
-    elapsed_s: float = 0.0
-    loading: str = ""  # what is being read before the first step
-    preview: QImage | None = None
-
-    @property
-    def fraction(self) -> float:
-        return self.step / self.steps if self.steps else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Trouble:
-    """What the strip says. `retry` is what its button asks for again; None: there is nothing to ask again."""
-
-    problem: Problem
-    retry: Request | None
-
-    @property
-    def button(self) -> str:
-        if self.retry is None:
-            return ""
-        return "Continue" if self.problem.what == engine_stopped().what else "Try again"
-
-
-@dataclass(frozen=True, slots=True)
-class ModelState:
-    """loading: 0..1 while the model is being read, else None."""
-
-    words: str
-    loading: float | None = None
 
 
 class GenerationState(QObject):
