@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from engine.events import Json, Pixels
+from engine.folders import check_regular
 from engine.problems import ProblemError, bad_file
 from engine.requests import MAX_SEED, MAX_STEPS
 from engine.safe_json import parse_json
@@ -215,6 +216,7 @@ def read_png(path: Path) -> tuple[Pixels, dict[str, str]]:
     """Pixels (H, W, 3) uint8 and texts of a PNG that may be damaged or hostile. Raises ProblemError."""
     name = path.name
     try:
+        check_regular(path)
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=("PNG",)) as image:
@@ -283,9 +285,9 @@ def _common_settings(text: str) -> Json:
     }
     told = dict(re.findall(r"([A-Z][\w ]{0,40}): ([^,\"]{1,100})", settings_line))
     for key, name in (("Steps", "steps"), ("Seed", "seed")):
-        if told.get(key, "").isdigit():
-            found[name] = int(told[key][:18])
-    if match := re.fullmatch(r"(\d{2,5})x(\d{2,5})", told.get("Size", "")):
+        if re.fullmatch("[0-9]{1,18}", told.get(key, "")):  # isdigit() takes signs that int() does not
+            found[name] = int(told[key])
+    if match := re.fullmatch(r"([0-9]{2,5})x([0-9]{2,5})", told.get("Size", "")):
         found["width"], found["height"] = int(match[1]), int(match[2])
     for key, name in (("CFG scale", "cfg"), ("Distilled CFG Scale", "guidance")):
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,15 +51,23 @@ class Bundle:
     shift: float | Mapping[str, float]
     preview: PreviewMatrix | None
 
-    def part_hash(self, role: str) -> str:
+    def part_hash(self, role: str, check: Callable[[], None] = lambda: None) -> str:
         """The file's SHA-256 in hex. Raises ProblemError when it is not the file the bundle names."""
         part = self.weights[role] if role in self.weights else self.tokenizers[role].part
-        found = sha256(part.path)
-        if part.sha256 and part.sha256 != found:
+        return self._checked_hash(part.path, part.sha256, check)
+
+    def lora_hash(self, path: Path, check: Callable[[], None] = lambda: None) -> str:
+        """The same of a LoRA, which may be one that the bundle brings or any other."""
+        told = next((lora.sha256 for lora in self.card.loras if Path(lora.file) == path), "")
+        return self._checked_hash(path, told, check)
+
+    def _checked_hash(self, path: Path, told: str, check: Callable[[], None]) -> str:
+        found = sha256(path, check)
+        if told and told != found:
             raise bad_file(
-                f"{part.path.name} is not the file that the model {self.card.name} was made of.",
+                f"{path.name} is not the file that the model {self.card.name} was made of.",
                 "Download the model again, or correct the sha256 in its bundle.json.",
-                f"{part.path}: expected {part.sha256}, found {found}",
+                f"{path}: expected {told}, found {found}",
             )
         return found
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoints.safetensors_header import DTYPES, MAX_HEADER_BYTES, HeaderError, parse_header, shown
+from engine.folders import discard, unfinished
 from engine.problems import Problem, ProblemError, ProblemKind, bad_file, machine_cannot
 from engine.safe_json import parse_json
 
@@ -225,7 +226,7 @@ class SafetensorsWriter:
         metadata: Mapping[str, str],
     ) -> None:
         self._path = Path(path)
-        self._temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.part")
+        self._temporary = unfinished(self._path)
         self._layout = dict(layout)
         self._header, self._offsets = _build_header(self._layout, metadata)
         self._missing = set(self._layout)
@@ -267,6 +268,7 @@ class SafetensorsWriter:
             os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self._temporary, self._path)
+            discard(self._temporary)
         except OSError as failure:
             self._discard()
             raise self._unwritable(failure) from failure
@@ -278,7 +280,7 @@ class SafetensorsWriter:
                 file.close()
         except OSError:
             pass  # a full disk is told by the write that met it
-        self._temporary.unlink(missing_ok=True)
+        discard(self._temporary)
 
     def _unwritable(self, error: OSError) -> ProblemError:
         return machine_cannot(

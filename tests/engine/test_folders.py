@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from datetime import date
 from pathlib import Path
 
@@ -195,6 +196,46 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
     with pytest.raises(ProblemError, match="cannot be written"):
         folders.write_whole(tmp_path / "missing" / "a.png", b"new")
+
+
+def test_a_name_as_long_as_names_may_be_is_written(tmp_path):
+    path = tmp_path / ("n" * 251 + ".png")
+    folders.write_whole(path, b"picture")
+    assert path.read_bytes() == b"picture"
+
+
+def test_a_failure_is_told_even_where_nothing_can_be_removed(tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / ("d" * 300)):
+        with pytest.raises(ProblemError, match="cannot be written"):
+            folders.write_whole(place / "a.png", b"new")
+
+
+def test_what_is_unfinished_can_be_removed_at_once(tmp_path):
+    temporary = folders.unfinished(tmp_path / "a.png")
+    temporary.write_bytes(b"half")
+    folders.discard_unfinished()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no named pipes in folders")
+def test_a_pipe_is_no_file(home, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for read in (folders.read_json, folders.sha256):
+        with pytest.raises(ProblemError, match="not a file"):
+            read(tmp_path / "pipe")
+
+
+def test_a_hash_can_be_stopped(home, tmp_path):
+    class StopError(Exception):
+        pass
+
+    def stop():
+        raise StopError
+
+    (tmp_path / "weights").write_bytes(b"abc")
+    with pytest.raises(StopError):
+        folders.sha256(tmp_path / "weights", stop)
 
 
 def test_the_window_lists_models_without_torch(home):

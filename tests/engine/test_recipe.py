@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -151,6 +153,19 @@ def test_a_damaged_picture_is_a_problem_and_nothing_else(tmp_path_factory, data)
         assert pixels.dtype == np.uint8
     except ProblemError:
         pass
+
+
+@pytest.mark.parametrize("steps", ["²", "٣", "-1", "3.0", "9" * 30])
+def test_signs_that_only_look_like_a_number_are_left_out(steps):
+    found = recipe.settings_of({"parameters": f"a fox\nSteps: {steps}, Seed: 4"}, "x")
+    assert (found.get("steps"), found["seed"]) == (None, 4)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no named pipes in folders")
+def test_a_pipe_is_no_picture(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ProblemError, match="not a file"):
+        recipe.read_png(tmp_path / "pipe.png")
 
 
 def test_a_picture_bomb_is_a_problem(tmp_path):

@@ -63,6 +63,20 @@ def test_a_part_that_is_not_the_one_named_is_a_problem(folder):
         read_bundle(folder).part_hash("vae")
 
 
+def test_a_lora_that_is_not_the_one_named_is_a_problem(folder, tmp_path_factory):
+    content = tiny_description(folder)
+    content["loras"][0]["sha256"] = "0" * 64
+    del content["loras"][1]["sha256"]
+    write_bundle_json(folder, content)
+    bundle = read_bundle(folder)
+    with pytest.raises(ProblemError, match=r"lora-bold.safetensors is not the file"):
+        bundle.lora_hash(folder / "lora-bold.safetensors")
+    assert len(bundle.lora_hash(folder / "lora-soft.safetensors")) == 64
+    stranger = tmp_path_factory.mktemp("loras") / "lora-bold.safetensors"
+    stranger.write_bytes(b"x")
+    assert len(bundle.lora_hash(stranger)) == 64
+
+
 def test_a_part_without_a_hash_is_taken_as_it_is(folder):
     rewritten(folder, "parts", "vae", "sha256", value="")
     assert len(read_bundle(folder).part_hash("vae")) == 64
