@@ -29,7 +29,7 @@ SUGGESTED = (
     "a fox", "a cat on a mint background", "a red apple", "a rocket in space", "a panda", "a purple cat",
     "a birthday cake", "three strawberries", "a castle at night", "a unicorn on a lavender background",
     "a penguin in the snow", "a guitar", "a pink car on a yellow background", "a house", "a sailboat at sunset",
-    "four balloons", "a hamburger", "a teddy bear in a room", "a blue apple on a white background",
+    "four balloons", "a hamburger", "a teddy bear in a room", "a lion on a teal background",
     "a robot on an orange background", "an octopus underwater", "a camel in the desert",
     "a crown on a black background", "a tree in a meadow",
 )  # fmt: skip
