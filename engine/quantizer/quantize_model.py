@@ -127,7 +127,7 @@ def _network_source(request: QuantizeRequest, file: SafetensorsFile, bundle: Bun
 def _checked_out(request: QuantizeRequest) -> Path:
     out = Path(request.out).expanduser()
     try:
-        if out.suffix != ".safetensors" or out.is_dir():
+        if out.suffix != ".safetensors" or "\0" in out.name or out.is_dir():
             raise bad_request(
                 f"The result cannot be written as {out.name!r}.", "Choose a name that ends in .safetensors."
             )
