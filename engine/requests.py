@@ -53,6 +53,17 @@ def _check_text(name: str, value: str) -> None:
         raise bad_request(f"The {name} contains characters that are not text.", "Type it again.")
 
 
+def _check_named(name: str, value: str) -> None:
+    _check_text(name, value)
+    if not value.strip():
+        raise bad_request(f"No {name} is named.", f"Choose a {name}.")
+
+
+def _check_device(value: str) -> None:
+    if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", value):
+        raise bad_request(f"There is no device {value!r}.", "Choose auto, cpu or cuda:N.")
+
+
 @dataclass(frozen=True, slots=True)
 class LoraChoice:
     """One LoRA in the stack: a file path, or the name of one that the model's bundle brings."""
@@ -61,7 +72,8 @@ class LoraChoice:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.file, str) or not self.file.strip():
+        _check_text("LoRA", self.file)
+        if not self.file.strip():
             raise bad_request("A LoRA needs a file.", "Choose a .safetensors file.")
         _check_number("LoRA strength", self.strength, -MAX_STRENGTH, MAX_STRENGTH)
 
@@ -124,8 +136,7 @@ class ImageRequest:
             raise bad_request(f"{len(self.loras)} LoRAs are more than 64.", "Remove some.")
         _check_choice("plan", self.plan, get_args(Plan))
         _check_choice("noise", self.noise, get_args(NoiseKind))
-        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", self.device):
-            raise bad_request(f"There is no device {self.device!r}.", "Choose auto, cpu or cuda:N.")
+        _check_device(self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +148,22 @@ class PrepareRequest:
     device: str = "auto"
     threads: int | None = None
 
+    def __post_init__(self) -> None:
+        _check_named("model", self.model)
+        _check_choice("plan", self.plan, get_args(Plan))
+        _check_device(self.device)
+        if self.threads is not None:
+            _check_whole("threads", self.threads, 1, 1024)
+
 
 @dataclass(frozen=True, slots=True)
 class InspectRequest:
     """What a file is: kind, family, precision, rank per layer, keys used and ignored and why."""
 
     file: str
+
+    def __post_init__(self) -> None:
+        _check_named("file", self.file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +172,10 @@ class VerifyRequest:
 
     file: str
     model: str = ""
+
+    def __post_init__(self) -> None:
+        _check_named("picture", self.file)
+        _check_text("model", self.model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +203,12 @@ class QuantizeRequest:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, text in (("source", self.source), ("file to write", self.out), ("prompts file", self.prompts)):
+            _check_text(name, text)
         if not self.source.strip() or not self.out.strip():
             raise bad_request("A source file and a file to write are needed.", "Name both.")
+        _check_device(self.device)
+        _check_whole("seed", self.seed, 0, MAX_SEED)
         _check_choice("precision", self.precision, get_args(Precision))
         _check_choice("rounding", self.rounding, get_args(Rounding))
         _check_whole("rank", self.rank, 0, 1024)
