@@ -19,6 +19,7 @@ PROCESS_BYTES = 460 * 2**20
 LIVE_HIDDEN = 20
 # Maps of the decoder's widest level alive at once: input, two convolutions, GroupNorm's copy, im2col's share.
 LIVE_MAPS = 6
+NO_MEMORY_WORDS = "can't allocate memory"  # of the RuntimeError that torch raises on the CPU
 COMFORTABLE = 0.85  # of what is free; above it a picture is tight
 
 

@@ -82,6 +82,7 @@ class Recipe:
     machine: Machine
     program: str  # version of Tonfa
     loras: tuple[UsedLora, ...] = ()
+    decode: str = "whole"  # or "tiled", where the memory did not suffice for the whole picture
     format: int = field(default=FORMAT)
 
     def to_json(self) -> dict[str, Any]:
@@ -161,6 +162,7 @@ class Recipe:
                 machine.whole("threads", 0, 1024),
             ),
             program=fields.text("program"),
+            decode=fields.text("decode") if "decode" in fields.content else "whole",
             loras=tuple(
                 UsedLora(one.text("name"), one.text("sha256"), one.number("strength", -100, 100))
                 for one in (_Checked(value, where) for value in loras)

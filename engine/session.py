@@ -8,7 +8,7 @@ import queue
 import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ import torch
 
 from engine import __version__, folders, memory, recipe, timing
 from engine.checkpoints.bundle import Bundle, read_bundle
+from engine.checkpoints.safetensors_file import unreadable
 from engine.device import Device, PlanChoice, choose_device, choose_plan
 from engine.events import (
     Cancelled,
@@ -231,7 +232,7 @@ class Engine:
         else:
             raise AssertionError("text_to_image ends with Drawn")
         seconds = perf_counter() - started
-        made = self._recipe(job, model, picture, request.threads)
+        made = self._recipe(job, model, picture, request.threads, event.decode)
         path, saved, failure = picture_path(request.out, picture.seed, images), "", None
         if path is not None:
             try:
@@ -245,7 +246,9 @@ class Engine:
         return event, saved
 
     def _prepare(self, request: PrepareRequest, check: Callable[[], None]) -> Work[dict[str, Any]]:
-        image = ImageRequest("-", model=request.model, plan=request.plan, device=request.device)
+        image = ImageRequest(
+            "-", model=request.model, plan=request.plan, device=request.device, threads=request.threads
+        )
         job = self._prepared_job(image)
         model, _, load_s = yield from self._ready(job, request.threads, check)
         yield Prepared(job.bundle.card.name, job.device.name, model.plan.plan, load_s)
@@ -259,7 +262,7 @@ class Engine:
         job = self._prepared_job(image)
         model, _, _ = yield from self._ready(job, image.threads, check)
         picture = job.settled.pictures[0]
-        now = self._recipe(job, model, picture, image.threads)
+        now = self._recipe(job, model, picture, image.threads, told.decode)
         differs = recipe_differences(told, now)
         for difference in differs:
             yield Notice(str(difference))
@@ -267,7 +270,11 @@ class Engine:
         started = perf_counter()
         for event in text_to_image(model, picture, check):
             if isinstance(event, Drawn):
-                result: Verification = verify_pixels(str(path), pixels, event.pixels, differs)
+                drawn = recipe_differences(told, replace(now, decode=event.decode))
+                for difference in drawn:
+                    if difference not in differs:  # how it was decoded shows only now
+                        yield Notice(str(difference))
+                result: Verification = verify_pixels(str(path), pixels, event.pixels, drawn)
                 return result.to_json()
             yield StepDone(1, 1, event.step, picture.steps, perf_counter() - started, event.preview)
         raise AssertionError("text_to_image ends with Drawn")
@@ -341,7 +348,7 @@ class Engine:
 
                 for role in (*job.bundle.weights, *job.bundle.tokenizers):
                     told(f"Checking {job.bundle.card.name}", 0.0)
-                    job.bundle.part_hash(role)
+                    job.bundle.part_hash(role, check)
                 model.load(told)
 
             try:
@@ -352,11 +359,17 @@ class Engine:
             self._model, self._model_key = model, _model_key(job)
         model = self._model
         choices = [(str(lora.path), lora.strength) for lora in job.settled.loras]
-        reports = yield from _watched(lambda _: model.set_loras(choices))
+
+        def put_on(_: Report) -> list[LoraReport]:
+            for lora in job.settled.loras:
+                job.bundle.lora_hash(lora.path, check)
+            return model.set_loras(choices)
+
+        reports = yield from _watched(put_on)
         check()
         return model, reports, perf_counter() - started
 
-    def _recipe(self, job: _Job, model: LoadedModel, picture: Picture, threads: int | None) -> Recipe:
+    def _recipe(self, job: _Job, model: LoadedModel, picture: Picture, threads: int | None, decode: str) -> Recipe:
         on_card = job.device.is_cuda
         files = {role: part.path for role, part in job.bundle.weights.items()}
         files |= {role: part.part.path for role, part in job.bundle.tokenizers.items()}
@@ -375,6 +388,7 @@ class Engine:
             plan=job.plan.plan if job.transformer.precision else "bf16",
             dtype=job.device.dtype,
             attention="torch",
+            decode=decode,
             model=job.bundle.card.name,
             family=job.bundle.card.family,
             model_version=job.bundle.card.version,
@@ -387,7 +401,9 @@ class Engine:
                 threads=0 if on_card else (threads or self._default_threads),
             ),
             program=__version__,
-            loras=tuple(UsedLora(one.name, folders.sha256(one.path), one.strength) for one in job.settled.loras),
+            loras=tuple(
+                UsedLora(one.name, job.bundle.lora_hash(one.path), one.strength) for one in job.settled.loras
+            ),
         )
 
     def _remember(
@@ -446,7 +462,10 @@ def _model_key(job: _Job) -> tuple[object, ...]:
     """Equal for two jobs that can use the same loaded model; files that were replaced make another one."""
     stamps = []
     for part in [*job.bundle.weights.values(), *(one.part for one in job.bundle.tokenizers.values())]:
-        stat = part.path.stat()
+        try:
+            stat = part.path.stat()
+        except OSError as error:
+            raise unreadable(part.path, error) from None
         stamps.append((str(part.path), stat.st_size, stat.st_mtime_ns))
     return (job.bundle.card.folder, job.device, job.plan.plan, *stamps)
 
@@ -478,7 +497,7 @@ def _problem_of(error: Exception) -> Problem:
             return error.problem
         case torch.OutOfMemoryError() | MemoryError():
             return _out_of_memory(str(error))
-        case RuntimeError() if "can't allocate memory" in str(error):
+        case RuntimeError() if memory.NO_MEMORY_WORDS in str(error):
             return _out_of_memory(str(error))
     return internal_error("".join(traceback.format_exception(error)))
 

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from engine.checkpoints.safetensors_file import SafetensorsFile
 from engine.events import Pixels
+from engine.memory import NO_MEMORY_WORDS, give_back_freed
 from engine.problems import bad_file
 from engine.text.files import Check, config_of, fill, whole
 
 FLUX_BLOCKS = (128, 256, 512, 512)  # FLUX.1's own; its files often carry no configuration
 TILE_PIXELS = 512  # the side of a tile; small ones change the statistics of GroupNorm visibly
 FLUX_SCALING, FLUX_SHIFT = 0.3611, 0.1159
+
+
+DecodeKind = Literal["whole", "tiled"]
+
+
+class Decoded(NamedTuple):
+    """A picture, and whether it was decoded at once or in overlapping tiles, which shows in its bytes."""
+
+    pixels: Pixels
+    kind: DecodeKind
 
 
 class ImageDecoder:
@@ -41,23 +52,18 @@ class ImageDecoder:
             block.register_forward_pre_hook(lambda *_: self._check())
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor, check: Check = lambda: None) -> Pixels:
-        """latents: (1, C, h, w) fp32 -> (8h, 8w, 3) uint8 sRGB. `check` runs per block and per tile.
+    def decode(self, latents: Tensor, check: Check = lambda: None) -> Decoded:
+        """latents: (1, C, h, w) fp32 -> (8h, 8w, 3) uint8 sRGB, and how. `check` runs per block and per tile.
 
         Where the memory does not suffice for the whole picture it is decoded in overlapping tiles. Raises
         ProblemError when the result is not numbers.
         """
         self._check = check
         z = self._to_vae(latents.float()).to(self._device, self._dtype)
-        try:
-            image = self._vae.decode(z, return_dict=False)[0]
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            self._vae.enable_tiling()
-            try:
-                image = self._vae.decode(z, return_dict=False)[0]
-            finally:
-                self._vae.disable_tiling()
+        image = self._whole(z)
+        kind: DecodeKind = "whole"
+        if image is None:  # outside of the handler, whose traceback would keep what the attempt allocated
+            image, kind = self._tiled(z), "tiled"
         if not bool(torch.isfinite(image).all()):
             raise bad_file(
                 f"{self._file.path.name} decodes to a picture that is not numbers.",
@@ -65,7 +71,30 @@ class ImageDecoder:
             )
         image = ((image[0].float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         pixels: Pixels = image.permute(1, 2, 0).contiguous().cpu().numpy()
-        return pixels
+        return Decoded(pixels, kind)
+
+    def _whole(self, z: Tensor) -> Tensor | None:
+        """(1, 3, 8h, 8w), or None where the memory does not suffice."""
+        try:
+            image: Tensor = self._vae.decode(z, return_dict=False)[0]
+        except (torch.OutOfMemoryError, MemoryError):
+            return None
+        except RuntimeError as error:
+            if NO_MEMORY_WORDS not in str(error):
+                raise
+            return None
+        return image
+
+    def _tiled(self, z: Tensor) -> Tensor:
+        give_back_freed()
+        if z.is_cuda:
+            torch.cuda.empty_cache()
+        self._vae.enable_tiling()
+        try:
+            image: Tensor = self._vae.decode(z, return_dict=False)[0]
+        finally:
+            self._vae.disable_tiling()
+        return image
 
 
 def _checked(config: Mapping[str, Any], where: str) -> dict[str, Any]:

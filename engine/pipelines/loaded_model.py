@@ -15,12 +15,11 @@ from engine.checkpoints.bundle import Bundle
 from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.safetensors_file import open_safetensors
 from engine.device import Device, PlanChoice
-from engine.events import Pixels
 from engine.families.flux import load_flux
 from engine.lora import LoraReport, LoraStack
 from engine.memory import give_back_freed
 from engine.models.flux import Flux
-from engine.pipelines.image_decoder import ImageDecoder
+from engine.pipelines.image_decoder import Decoded, ImageDecoder
 from engine.problems import bad_file
 from engine.text.clip import ClipEncoder
 from engine.text.files import Check
@@ -63,9 +62,8 @@ class LoadedModel:
         self._prompts = PromptMemory()
 
     @property
-    def is_loaded(self) -> bool:
-        """Whether the next picture needs no file but, where parts take turns, those of its stages."""
-        return self._network is not None or (not self.keep_all and self.load_seconds > 0)
+    def has_loras(self) -> bool:
+        return bool(self._choices)
 
     def load(self, report: Report = _nothing) -> None:
         """Read every part, or where parts take turns the network alone. Raises ProblemError."""
@@ -107,7 +105,7 @@ class LoadedModel:
             raise
 
     def has_embeddings(self, prompt: str) -> bool:
-        return self._prompts.get(prompt) is not None
+        return prompt in self._prompts
 
     def embeddings(self, prompts: Sequence[str], check: Check) -> list[PromptEmbeds]:
         """One per prompt, from memory where it was asked for lately."""
@@ -126,8 +124,8 @@ class LoadedModel:
                 self._free(encoders=True)
         return [embeds for prompt in prompts if (embeds := known[prompt]) is not None]
 
-    def decode(self, latents: Tensor, check: Check) -> Pixels:
-        """(1, C, h, w) latents fp32 -> (8h, 8w, 3) pixels."""
+    def decode(self, latents: Tensor, check: Check) -> Decoded:
+        """(1, C, h, w) latents fp32 -> (8h, 8w, 3) pixels, and how they were decoded."""
         if self._decoder is None:
             if not self.keep_all:
                 self._free(network=True, encoders=True)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from engine.events import Pixels
+from engine.pipelines.image_decoder import DecodeKind
+from engine.problems import bad_file, bad_request
 from engine.requests import NoiseKind
 from engine.sampling.euler import denoise
 from engine.sampling.guidance import combine_predictions
@@ -66,6 +68,7 @@ class Drawn:
     encode_s: float
     denoise_s: float
     decode_s: float
+    decode: DecodeKind
 
 
 def text_to_image(
@@ -95,8 +98,23 @@ def text_to_image(
         check()
     denoised = perf_counter()
 
-    pixels = model.decode(unpack(latents, rows, columns), check)
-    yield Drawn(pixels, encoded - started, denoised - encoded, perf_counter() - denoised)
+    check_latents(latents, model)
+    pixels, kind = model.decode(unpack(latents, rows, columns), check)
+    yield Drawn(pixels, encoded - started, denoised - encoded, perf_counter() - denoised, kind)
+
+
+def check_latents(latents: Tensor, model: LoadedModel) -> None:
+    """Raise ProblemError where the network made no numbers: then it is not the VAE that is damaged."""
+    if bool(torch.isfinite(latents).all()):
+        return
+    name, plan = model.bundle.card.name, model.plan.plan
+    if model.has_loras:
+        raise bad_request(
+            f"With these LoRAs the network of {name} made no numbers.", "Lower their strengths, or take one away."
+        )
+    raise bad_file(
+        f"The network of {name} made no numbers (plan {plan}).", "Choose another plan, or download the model again."
+    )
 
 
 def velocity_function(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -91,35 +92,50 @@ def request_of(recipe: Recipe, picture: str, model: str = "") -> ImageRequest:
 
     Raises ProblemError where the model or a LoRA is not on this machine.
     """
-    card, same_network = find_used_model(recipe, picture, model)
-    loras = tuple(find_used_lora(used, card, picture) for used in recipe.loras)
+    fields = recipe_fields(recipe, picture, {"model": model} if model else {})
+    return ImageRequest(**fields, previews=False)
+
+
+def recipe_fields(recipe: Recipe, picture: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an ImageRequest that makes a recipe's picture again, `given` ones first.
+
+    A recipe may come from a stranger: its model and LoRAs are looked for by name and bytes among those of this
+    computer and are never taken for paths. Its plan and threads are taken where the network is the very same file.
+    Raises ProblemError where the model or a LoRA is not on this computer.
+    """
     if recipe.noise not in get_args(NoiseKind) or recipe.plan not in get_args(Plan):
         raise bad_file(
             f"The recipe in {picture} is damaged: its noise or plan is unknown.", "Choose another picture."
         )
-    device = "cpu" if recipe.machine.card.startswith("cpu") else "cuda"
-    missing = False
+    card, same_network = find_used_model(recipe, picture, given.get("model", ""))
+    wanted = "cpu" if recipe.machine.card.startswith("cpu") else "cuda"
+    device = given["device"] if "device" in given else _device_here(wanted)
+    fields = {
+        "prompt": recipe.prompt,
+        "negative": recipe.negative,
+        "width": recipe.width,
+        "height": recipe.height,
+        "steps": recipe.steps,
+        "seed": recipe.seed,
+        "guidance": recipe.guidance,
+        "cfg": recipe.cfg,
+        "plan": recipe.plan if same_network and device.startswith(wanted) else "auto",
+        "device": device,
+        "noise": recipe.noise,
+    }
+    if same_network and device == wanted == "cpu":
+        fields["threads"] = recipe.machine.threads or None
+    if "loras" not in given:
+        fields["loras"] = tuple(find_used_lora(used, card, picture) for used in recipe.loras)
+    return {**fields, **given, "model": card.folder}
+
+
+def _device_here(wanted: str) -> str:
+    """ "cpu" where the graphics card that is wanted cannot be used."""
     try:
-        choose_device(device)
+        return choose_device(wanted).torch_name
     except ProblemError:
-        device, missing = "cpu", True
-    return ImageRequest(
-        prompt=recipe.prompt,
-        negative=recipe.negative,
-        model=card.folder,
-        loras=loras,
-        width=recipe.width,
-        height=recipe.height,
-        steps=recipe.steps,
-        seed=recipe.seed,
-        guidance=recipe.guidance,
-        cfg=recipe.cfg,
-        plan=recipe.plan if same_network and not missing else "auto",  # type: ignore[arg-type]
-        device=device,
-        threads=recipe.machine.threads or None,
-        noise=recipe.noise,  # type: ignore[arg-type]
-        previews=False,
-    )
+        return "cpu"
 
 
 def recipe_differences(then: Recipe, now: Recipe) -> tuple[Difference, ...]:
@@ -138,7 +154,7 @@ def recipe_differences(then: Recipe, now: Recipe) -> tuple[Difference, ...]:
         ("number of threads", str(then.machine.threads), str(now.machine.threads)),
         ("Tonfa", then.program, now.program),
     ]
-    for name in ("plan", "dtype", "attention", "sampler", "shift"):
+    for name in ("plan", "dtype", "attention", "decode", "sampler", "shift"):
         pairs.append((name, str(getattr(then, name)), str(getattr(now, name))))
     return tuple(Difference(what, old, new) for what, old, new in pairs if old != new)
 

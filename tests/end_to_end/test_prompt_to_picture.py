@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from engine import folders, recipe, session
+from engine.checkpoints.safetensors_file import open_safetensors, write_safetensors
 from engine.events import (
     Cancelled,
     Event,
@@ -30,10 +31,11 @@ from engine.events import (
     StepDone,
 )
 from engine.models.flux import Flux
+from engine.pipelines.image_decoder import ImageDecoder
 from engine.problems import ProblemError, ProblemKind, machine_cannot
 from engine.requests import ImageRequest, LoraChoice, PrepareRequest, Request, VerifyRequest
 from engine.session import Engine
-from tests.end_to_end.tiny_bundle import make_tiny_bundle
+from tests.end_to_end.tiny_bundle import make_tiny_bundle, tiny_description, write_bundle_json
 
 
 @pytest.fixture(scope="module")
@@ -426,6 +428,47 @@ def test_a_folder_gets_numbered_pictures_and_a_name_gets_the_seeds(engine, tiny,
     pictures(run(engine, ImageRequest("a fox", model=str(tiny), seed=8, count=2, out=str(tmp_path / "fox.png"))))
     names = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
     assert names == ["0001-8.png", "0002-8.png", "fox-8.png", "fox-9.png"]
+
+
+def test_a_picture_decoded_in_tiles_says_so_in_its_recipe(tiny, tmp_path, monkeypatch):
+    engine, out = Engine(), tmp_path / "fox.png"
+    request = ImageRequest("a fox", model=str(tiny), out=str(out))
+    with monkeypatch.context() as short:
+        short.setattr(ImageDecoder, "_whole", lambda self, z: None)
+        pictures(run(engine, request))
+    assert recipe.recipe_of(recipe.read_png(out)[1], "it").decode == "tiled"
+    events = run(engine, VerifyRequest(str(out), str(tiny)))
+    assert any(isinstance(event, Notice) and "decode" in event.what for event in events)
+    assert [one["what"] for one in events[-1].result["differs"]] == ["decode"]
+
+
+def test_a_network_that_makes_no_numbers_is_named_and_not_the_vae(tmp_path):
+    model, engine = make_tiny_bundle(tmp_path / "model"), Engine()
+    file = open_safetensors(model / "transformer.safetensors")
+    tensors = {name: file.read(name) for name in file.tensors}
+    tensors["proj_out.weight"] = torch.full_like(tensors["proj_out.weight"], 3e38)
+    write_safetensors(model / "transformer.safetensors", tensors, file.metadata)
+    write_bundle_json(model, tiny_description(model))
+    kind, words = failure(run(engine, ImageRequest("a fox", model=str(model))))
+    assert kind is ProblemKind.FILE
+    assert "network of Tiny" in words
+    kind, words = failure(run(engine, ImageRequest("a fox", model=str(model), loras=(LoraChoice("Bold look"),))))
+    assert kind is ProblemKind.REQUEST
+    assert "strengths" in words
+
+
+def test_a_lora_of_the_bundle_that_was_exchanged_is_told(tmp_path):
+    model, engine = make_tiny_bundle(tmp_path / "model"), Engine()
+    shutil.copy(model / "lora-soft.safetensors", model / "lora-bold.safetensors")
+    kind, words = failure(run(engine, ImageRequest("a fox", model=str(model), loras=(LoraChoice("Bold look"),))))
+    assert kind is ProblemKind.FILE
+    assert "lora-bold.safetensors is not the file" in words
+
+
+def test_a_prepared_model_takes_the_threads_it_is_asked_for(tiny):
+    assert isinstance(run(Engine(), PrepareRequest(str(tiny), threads=1))[-1], Finished)
+    with pytest.raises(ProblemError, match="threads"):
+        PrepareRequest(str(tiny), threads=0)
 
 
 def test_unloading_frees_the_network(tiny):

@@ -53,7 +53,8 @@ def close(a, b):
 def test_latents_with_a_mean_are_put_back_before_decoding(path):
     latents = torch.randn(1, 16, 6, 8)
     mean = torch.tensor(VAE["latents_mean"]).view(1, 16, 1, 1)
-    pixels = decoder(path).decode(latents)
+    pixels, kind = decoder(path).decode(latents)
+    assert kind == "whole"
     assert pixels.shape == (48, 64, 3)
     assert pixels.dtype == np.uint8
     assert close(pixels, oracle(path, latents / VAE["scaling_factor"] + mean))
@@ -62,7 +63,7 @@ def test_latents_with_a_mean_are_put_back_before_decoding(path):
 def test_latents_without_a_mean_are_scaled_and_shifted(path, tmp_path):
     plain = rewritten(path, tmp_path, latents_mean=None, latents_std=None, scaling_factor=0.5, shift_factor=0.25)
     latents = torch.randn(1, 16, 6, 8)
-    assert close(decoder(plain).decode(latents), oracle(path, latents / 0.5 + 0.25))
+    assert close(decoder(plain).decode(latents).pixels, oracle(path, latents / 0.5 + 0.25))
 
 
 def test_a_file_without_configuration_is_taken_for_fluxs_vae(path, tmp_path):
@@ -72,24 +73,45 @@ def test_a_file_without_configuration_is_taken_for_fluxs_vae(path, tmp_path):
         decoder(target)
 
 
-def test_when_the_memory_runs_out_it_decodes_in_tiles(path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("out of memory"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["of a card", "of Python", "of the processor"],
+)
+def test_when_the_memory_runs_out_it_decodes_in_tiles(path, monkeypatch, error):
     latents = torch.randn(1, 16, 80, 80) * 0.5
     made = decoder(path)
-    whole = made.decode(latents)
+    whole = made.decode(latents).pixels
     decode, calls = made._vae.decoder.forward, []
 
     def short_of_memory(z, *arguments, **more):
         calls.append(tuple(z.shape))
         if z.shape[-1] > 64:
-            raise torch.OutOfMemoryError("out of memory")
+            raise error
         return decode(z, *arguments, **more)
 
     monkeypatch.setattr(made._vae.decoder, "forward", short_of_memory)
-    tiled = made.decode(latents)
+    tiled, kind = made.decode(latents)
+    assert kind == "tiled"
     assert {shape[-1] for shape in calls[1:]} == {64, 32}  # tiles of 512 pixels, a quarter of each overlaps
     assert tiled.shape == whole.shape
     assert np.abs(tiled.astype(int) - whole.astype(int)).mean() < 3  # seams are blended, not exact
     assert not made._vae.use_tiling
+
+
+def test_another_fault_while_decoding_is_no_reason_for_tiles(path, monkeypatch):
+    made = decoder(path)
+
+    def broken(z, *arguments, **more):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(made._vae.decoder, "forward", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        made.decode(torch.randn(1, 16, 4, 4))
 
 
 def test_cancelling_stops_between_levels(path):
