@@ -35,7 +35,7 @@ from engine.events import (
     QuantizeProgress,
     StepDone,
 )
-from engine.folders import named_path
+from engine.folders import check_regular, discard_unfinished, named_path
 from engine.problems import EXIT_CODE, Problem, ProblemError, bad_file, bad_request, internal_error
 from engine.requests import (
     BUILT_IN_MODEL,
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from engine.session import Engine
 
 CANCELLED = 130
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MAX_JOBS = 100_000
 MAX_JOBS_BYTES = 64 * 2**20
 # A job line may say what the flags say, by the same names.
@@ -153,19 +154,13 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 def _recipe_fields(file: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """What a picture tells of its making, `fields` first; its LoRAs are looked for by their bytes."""
     from engine import recipe
-    from engine.folders import find_model, read_card
-    from engine.pipelines.verify_picture import find_used_lora
+    from engine.pipelines.verify_picture import recipe_fields
 
     path = named_path(file)
-    told = {**recipe.settings_of(recipe.read_png(path)[1], path.name), **fields}
-    loras = told.get("loras", ())
-    if "loras" not in fields and loras:
-        card = read_card(find_model(told.get("model", BUILT_IN_MODEL)))
-        used = [recipe.UsedLora(one["name"], one["sha256"], one["strength"]) for one in loras]
-        told["loras"] = tuple(find_used_lora(one, card, path.name) for one in used)
-    else:
-        told["loras"] = tuple(loras)
-    return told
+    texts = recipe.read_png(path)[1]
+    if recipe.JSON_KEY in texts:
+        return recipe_fields(recipe.recipe_of(texts, path.name), path.name, fields)
+    return {**recipe.settings_of(texts, path.name), **fields}
 
 
 def image_requests(options: argparse.Namespace) -> list[ImageRequest]:
@@ -201,9 +196,10 @@ def _with_out(request: ImageRequest) -> ImageRequest:
 
 def _job_lines(path: Path) -> list[str]:
     try:
+        check_regular(path)
         if path.stat().st_size > MAX_JOBS_BYTES:
             raise bad_file(f"{path.name} is larger than 64 MB.", "Split it.")
-        return path.read_text("utf-8").splitlines()
+        return path.read_text("utf-8-sig").split("\n")  # splitlines() also splits where a JSON text may go on
     except OSError as error:
         raise bad_file(f"{path.name} cannot be read.", "Check the name.", str(error)) from None
     except UnicodeDecodeError as error:
@@ -369,50 +365,80 @@ def _failure(problem: Problem) -> _Outcome:
     return _Outcome(EXIT_CODE[problem.kind], {"error": {"what": problem.what, "todo": problem.todo}})
 
 
-def _run_all(engine: Engine, requests: Sequence[Request], command: str, progress: _Progress) -> list[_Outcome]:
+def _run_all(
+    engine: Engine, requests: Sequence[Request], command: str, progress: _Progress, interrupt: _Interrupt
+) -> list[_Outcome]:
     """Run every request; a failed one does not stop those behind it, a cancelled one does."""
     outcomes: list[_Outcome] = []
-    running = [0]
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        if running[0] in stopped:
-            os._exit(CANCELLED)  # asked twice; files are renamed when whole, so nothing half-written stays
-        stopped.add(running[0])
-        engine.cancel(running[0])
-
-    stopped: set[int] = set()
-    with _signals(stop):
-        for job, request in enumerate(requests, start=1):
-            running[0] = job
-            for event in engine.run(job, request):
-                if isinstance(event, Final):
-                    outcomes.append(_outcome(event, command))
-                    if isinstance(event, Failed):
-                        progress.line(str(event.problem))
-                        if event.problem.detail and EXIT_CODE[event.problem.kind] == 1:
-                            progress.line(event.problem.detail)
-                else:
-                    _tell(event, progress)
-            if outcomes[-1].exit_code == CANCELLED:
-                progress.line("Stopped.")
-                break
+    for job, request in enumerate(requests, start=1):
+        interrupt.cancels(lambda job=job: engine.cancel(job))  # type: ignore[misc]
+        for event in engine.run(job, request):
+            if isinstance(event, Final):
+                outcomes.append(_outcome(event, command))
+                if isinstance(event, Failed):
+                    progress.line(str(event.problem))
+                    if event.problem.detail and EXIT_CODE[event.problem.kind] == 1:
+                        progress.line(event.problem.detail)
+            else:
+                _tell(event, progress)
+        if outcomes[-1].exit_code == CANCELLED:
+            progress.line("Stopped.")
+            break
     return outcomes
 
 
-@contextlib.contextmanager
-def _signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Ctrl-C and a polite kill cancel the job, and it ends as cancelled jobs do."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
+class _Interrupt:
+    """Ctrl-C and a polite kill. The first one cancels the running job, which ends as cancelled jobs do.
+
+    Before there is an engine (torch is being imported), and when asked a second time, the process ends at once:
+    with its words, its JSON object and no temporary file left.
+    """
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json = as_json
+        self._cancel: Callable[[], None] | None = None
+        self._asked = False
+
+    def __enter__(self) -> _Interrupt:
+        self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, old in self._before.items():
             signal.signal(number, old)
+
+    def cancels(self, cancel: Callable[[], None]) -> None:
+        """What the first signal does from now on."""
+        self._cancel = cancel
+        if self._asked:
+            cancel()
+
+    def ignore(self) -> None:
+        """From here on the result is told, once and whole."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if self._cancel is not None and not self._asked:
+            self._asked = True
+            self._cancel()
+            return
+        discard_unfinished()
+        with contextlib.suppress(OSError):  # os.write: a stream that is being written to takes no second writer
+            os.write(2, b"\nStopped.\n")
+            if self._as_json:
+                os.write(1, json.dumps(_outcome(Cancelled(), "").json).encode() + b"\n")
+        os._exit(CANCELLED)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    with _Interrupt(as_json="--json" in words) as interrupt:
+        return _main(words, interrupt)
+
+
+def _main(words: list[str], interrupt: _Interrupt) -> int:
     as_json = "--json" in words
     progress = _Progress(sys.stderr)
     for stream in (sys.stdout, sys.stderr):
@@ -424,7 +450,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch comes; engine/host.py says why
         from engine.session import Engine
 
-        outcomes = _run_all(Engine(), requests, options.command, progress)
+        outcomes = _run_all(Engine(), requests, options.command, progress, interrupt)
+        interrupt.ignore()
         progress.end()
         result = _joined(options, outcomes)
         if not as_json:
@@ -434,8 +461,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ProblemError as error:
         progress.line(str(error.problem))
         result = _failure(error.problem)
-    except KeyboardInterrupt:
-        result = _outcome(Cancelled(), "")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read our output is gone: nothing to say any more
         return 1
@@ -443,16 +468,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         problem = internal_error(repr(error))
         progress.line(f"{problem} {problem.detail}")
         result = _failure(problem)
+    interrupt.ignore()
     if as_json:
         print(json.dumps(result.json))
     return result.exit_code
 
 
 def _joined(options: argparse.Namespace, outcomes: Sequence[_Outcome]) -> _Outcome:
-    """One object for everything: the result itself, or with --jobs a list of them and the first failure's code."""
+    """One object for everything: the result itself, or with --jobs a list of them.
+
+    The code of jobs is 130 if they were stopped, else the first failure's.
+    """
     if getattr(options, "jobs", None) is None:
         return outcomes[0]
-    code = next((outcome.exit_code for outcome in outcomes if outcome.exit_code), 0)
+    codes = [outcome.exit_code for outcome in outcomes]
+    code = CANCELLED if CANCELLED in codes else next(filter(None, codes), 0)
     return _Outcome(code, {"jobs": [outcome.json for outcome in outcomes]})
 
 

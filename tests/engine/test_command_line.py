@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,29 @@ def test_a_recipe_makes_the_picture_again_and_flags_change_it(tonfa, tmp_path):
     assert [Path(lora["file"]).name for lora in changed["loras"]] == ["lora-soft.safetensors"]
 
 
+def test_a_recipe_brings_its_plan_and_threads_where_the_network_is_the_same(tonfa, models, tmp_path):
+    words = ("generate", "--prompt", "a fox", "--model", "tiny-int4", "--out", "a.png")
+    assert tonfa(*words, "--plan", "w4a4", "--threads", 1)[1]["plan"]["w4a4"] > 0
+    again = tonfa("generate", "--recipe", "a.png", "--out", "b.png")[1]
+    assert again["plan"]["w4a4"] > 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert "w4a4" not in tonfa("generate", "--recipe", "a.png", "--out", "c.png", "--plan", "w4a16")[1]["plan"]
+    other = tonfa("generate", "--recipe", "a.png", "--model", "schnell", "--out", "d.png", "--lora", "Soft look")
+    assert "takes no guidance" in error(other)
+    wide = tonfa("generate", "--recipe", "a.png", "--model", "tiny", "--out", "e.png")[1]
+    assert "w4a4" not in wide["plan"]
+
+
+def test_a_strangers_recipe_names_no_folder(tonfa, models, tmp_path):
+    tonfa("generate", "--prompt", "a fox", "--model", "tiny", "--out", "a.png")
+    pixels, texts = recipe.read_png(tmp_path / "a.png")
+    made = recipe.recipe_of(texts, "a.png")
+    for name in (str(models / "tiny"), "tiny", "../tiny"):
+        (tmp_path / "evil.png").write_bytes(recipe.png_bytes(pixels, replace(made, model=name)))
+        assert "not on this computer" in error(tonfa("generate", "--recipe", "evil.png", "--out", "b.png"))
+        assert tonfa("generate", "--recipe", "evil.png", "--model", "tiny", "--out", "b.png")[0] == 0
+
+
 def test_another_programs_recipe_is_read_as_far_as_it_goes(tonfa, tmp_path):
     from PIL import Image, PngImagePlugin
 
@@ -232,6 +255,19 @@ def test_jobs_run_one_after_another_and_a_bad_one_does_not_stop_the_rest(tonfa, 
     assert (third["seed"], third["steps"]) == (4, 1)
     assert [lora["strength"] for lora in third["loras"]] == [1.0, 0.2]
     assert third["seconds"]["load"] < 1
+
+
+def test_a_job_line_ends_where_the_file_says_so_and_a_byte_order_mark_is_none(tonfa, tmp_path):
+    lines = ['{"prompt": "a\u2028b", "out": "1.png"}\r', '{"prompt": "a\x85b", "out": "2.png"}', ""]
+    (tmp_path / "jobs.jsonl").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
+    code, result, _ = tonfa("generate", "--jobs", "jobs.jsonl", "--model", "tiny", "--steps", 1)
+    assert (code, [job["prompt"] for job in result["jobs"]]) == (0, ["a\u2028b", "a\x85b"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no named pipes in folders")
+def test_a_pipe_is_no_jobs_file(tonfa, tmp_path):
+    os.mkfifo(tmp_path / "jobs")
+    assert "not a file" in error(tonfa("generate", "--jobs", "jobs"))
 
 
 @pytest.mark.parametrize(
@@ -419,15 +455,78 @@ def test_ctrl_c_cancels_and_leaves_no_partial_file(tmp_path, number):
     assert [path.name for path in tmp_path.iterdir() if path.name != "home"] == []
 
 
+def stopped(preparation: str, *words: str) -> tuple[dict[str, Any], str]:
+    """Run the command line in a process that first runs `preparation`; it must end as stopped work does."""
+    code = f"import os, signal, sys\n{preparation}\nfrom engine.__main__ import main\nsys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words, "--json"],
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(repository())},
+        timeout=200,
+    )
+    assert done.returncode == 130, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 1
+    result = json.loads(lines[0])
+    jsonschema.validate(result, SCHEMA)
+    return result, done.stderr.decode()
+
+
+IMAGE = ("generate", "--prompt", "a fox", "--model", "tiny", "--out", "a.png")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-def test_ctrl_c_before_the_engine_is_there_ends_with_130(tmp_path):
-    process = start("generate", "--prompt", "a fox", "--model", "tiny", "--out", "a.png", "--json")
-    time.sleep(0.4)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode in (130, -signal.SIGINT)  # by Python itself where not a line of ours had run yet
-    if process.returncode == 130 and out:
-        assert "error" in json.loads(out.splitlines()[-1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_while_torch_is_imported_ends_with_130(number):
+    at_torch = f"""
+class AtTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), {int(number)})
+sys.meta_path.insert(0, AtTorch())
+"""
+    result, said = stopped(at_torch, *IMAGE)
+    assert "Stopped." in result["error"]["what"]
+    assert "Stopped." in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_ctrl_c_twice_in_the_middle_of_writing_leaves_nothing_and_says_so(tmp_path):
+    while_writing = """
+rename = os.replace
+def replace(source, target):
+    if str(target).endswith("a.png"):
+        assert os.path.exists(source)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    rename(source, target)
+os.replace = replace
+"""
+    result, said = stopped(while_writing, *IMAGE)
+    assert "Stopped." in result["error"]["what"]
+    assert "Stopped." in said
+    assert [path.name for path in tmp_path.iterdir() if path.name != "home"] == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_stopped_jobs_end_with_130_whatever_failed_before(tmp_path):
+    lines = [{"prompt": "a", "out": "1.png", "model": "nowhere"}, {"prompt": "b", "out": "2.png"}, {"prompt": "c"}]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(json.dumps({"out": "3.png", **line}) for line in lines))
+    while_writing = """
+rename = os.replace
+def replace(source, target):
+    rename(source, target)
+    if str(target).endswith("2.png"):
+        os.kill(os.getpid(), signal.SIGINT)
+os.replace = replace
+"""
+    words = ("generate", "--jobs", "jobs.jsonl", "--model", "tiny", "--count", "3")
+    result, _ = stopped(while_writing.replace("2.png", "2-0.png"), *words)
+    first, second = result["jobs"]
+    assert "nowhere" in first["error"]["what"]
+    assert "Stopped." in second["error"]["what"]
+    assert not list(tmp_path.glob("3*.png"))
 
 
 def test_logs_and_errors_hold_no_prompts(tmp_path):
