@@ -53,6 +53,14 @@ def bundle(args: argparse.Namespace, settings: Settings) -> None:
     write_bundle(args.work)
 
 
+def compact(args: argparse.Namespace, settings: Settings) -> None:
+    """--work holds the LoRA in 16 bits; lora-3d.safetensors appears beside it."""
+    from recipe.compact_lora import compact_lora
+
+    error = compact_lora(args.work / "lora_distilled.safetensors", args.work / "lora-3d.safetensors")
+    print(f"compact: relative error {error:.4f}")
+
+
 def prepare(args: argparse.Namespace, settings: Settings) -> None:
     """Drawings, tokenizer (kept if it is there) and scenes; then the file that the other stages wait for."""
     from recipe.render import render_all
@@ -158,6 +166,7 @@ def warm(args: argparse.Namespace, settings: Settings) -> None:
 
 STAGES = {
     "bundle": bundle,
+    "compact": compact,
     "fetch": fetch, "prepare": prepare, "autoencoder": autoencoder, "text": text, "flow": transformer,
     "distil": transformer, "lora": transformer, "report": transformer, "warm": warm,
 }  # fmt: skip
