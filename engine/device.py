@@ -50,8 +50,11 @@ def cpu() -> Device:
 
 
 def choose_device(wanted: str = "auto") -> Device:
-    """The device a request names ("auto", "cpu", "cuda", "cuda:N"). Raises ProblemError if it is not usable."""
-    if wanted == "cpu":
+    """The device a request names ("auto", "cpu", "cuda", "cuda:N"). Raises ProblemError if it is not usable.
+
+    "auto" is the CPU as long as there are no kernels: the way of a card has then never run on one.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not PLANS_WITH_KERNELS):
         return cpu()
     cards = Monitor().gpus()
     if wanted == "auto" and not cards:

@@ -30,7 +30,14 @@ def look_at_machine() -> dict[str, Any]:
         if card.arch < OLDEST_ARCH:
             problems.append(_problem(f"{card.name} is older than sm_75.", "Pictures are made on the processor."))
         missing = sorted({plan for plan in plans.values() if plan != "w4a16" and plan not in PLANS_WITH_KERNELS})
-        if missing:
+        if not PLANS_WITH_KERNELS:
+            problems.append(
+                _problem(
+                    f"Pictures are made on the processor, not by {card.name}: this version has no kernels.",
+                    f"Update Tonfa when a version with kernels is out; the device cuda:{card.index} tries it now.",
+                )
+            )
+        elif missing:
             problems.append(
                 _problem(
                     f"This version has no kernels for {' and '.join(missing)} yet; {card.name} runs w4a16.",

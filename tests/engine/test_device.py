@@ -60,6 +60,17 @@ def test_a_plan_that_does_not_fit_the_file_is_a_problem():
     assert choose_plan(device.cpu(), None, "auto")
 
 
+def test_auto_is_the_processor_until_there_are_kernels(monkeypatch):
+    asked = []
+    monkeypatch.setattr(device.Monitor, "gpus", lambda self, pid=None: asked.append(1) or ())
+    monkeypatch.setattr(device, "PLANS_WITH_KERNELS", frozenset())
+    assert choose_device("auto").torch_name == "cpu"
+    assert not asked
+    monkeypatch.setattr(device, "PLANS_WITH_KERNELS", frozenset({"w4a4"}))
+    assert choose_device("auto").torch_name == "cpu"  # there is no card here
+    assert asked
+
+
 def test_without_a_card_auto_is_the_processor_and_cuda_a_problem(monkeypatch):
     monkeypatch.setattr(device.Monitor, "gpus", lambda self, pid=None: ())
     chosen = choose_device("auto")
