@@ -78,7 +78,11 @@ def lora_keys(file: SafetensorsFile) -> tuple[dict[str, dict[str, str]], list[Ke
             unknown.append(KeyUnused(key, "not a LoRA key in diffusers' format"))
             continue
         module = key.removeprefix(PREFIX)[: -len(suffix)]
-        modules.setdefault(module, {})[SUFFIXES[suffix]] = key
+        role = SUFFIXES[suffix]
+        if role in modules.setdefault(module, {}):
+            unknown.append(KeyUnused(key, f"{modules[module][role]} says the same of this layer"))
+            continue
+        modules[module][role] = key
     return modules, unknown
 
 
@@ -197,43 +201,43 @@ class LoraStack:
 
     def _lay_out(self, loaded: list[_Loaded]) -> None:
         """Give every linear its stacked factors, and the buffer its places."""
-        plans: list[tuple[BranchedLinear, list[tuple[int, _Part]]]] = []
-        for module in self._network.modules():
-            if isinstance(module, BranchedLinear):
-                module.branches = None
-        names = sorted({name for item in loaded for name in item.parts})
-        for name in names:
-            plans.append(
-                (self._linear(name), [(i, item.parts[name]) for i, item in enumerate(loaded) if name in item.parts])
-            )
+        parts_of: dict[str, list[tuple[int, _Part]]] = {}
+        for index, item in enumerate(loaded):
+            for name, part in item.parts.items():
+                parts_of.setdefault(name, []).append((index, part))
         owner: list[int] = []
         unit: list[float] = []
-        for _, parts in plans:
+        for parts in parts_of.values():
             for lora, part in parts:
                 steps = part.down.shape[0] // RANK_STEP
                 owner += [lora] * steps
                 unit += [part.scale] * steps
         device, dtype = _place(self._network)
-        self._owner = torch.tensor(owner, dtype=torch.int64)
-        self._unit_scales = torch.tensor(unit, dtype=torch.float32, device=device)
-        self._scales = torch.zeros(len(unit), dtype=torch.float32, device=device)
-        self._strengths = [0.0] * len(loaded)
+        unit_scales = torch.tensor(unit, dtype=torch.float32, device=device)
+        scales = torch.zeros(len(unit), dtype=torch.float32, device=device)
+        strengths = [0.0] * len(loaded)
+        branches: dict[str, LowRankBranches] = {}
         offset = 0
-        for layer, parts in plans:
+        for name, parts in parts_of.items():
             slices, start = [], 0
             for lora, part in parts:
                 slices.append(BranchSlice(lora, start, start + part.down.shape[0]))
                 start += part.down.shape[0]
-            steps = start // RANK_STEP
-            layer.branches = LowRankBranches(
+            branches[name] = LowRankBranches(
                 proj_down=torch.cat([part.down for _, part in parts]).T.contiguous().to(device, dtype),
                 proj_up=torch.cat([part.up for _, part in parts], dim=1).contiguous().to(device, dtype),
-                scales=self._scales[offset : offset + steps],
+                scales=scales[offset : offset + start // RANK_STEP],
                 slices=tuple(slices),
-                strengths=self._strengths,
-                bias_delta=_bias_rows(parts, layer.out_features, device, dtype),
+                strengths=strengths,
+                bias_delta=_bias_rows(parts, self._linear(name).out_features, device, dtype),
             )
-            offset += steps
+            offset += start // RANK_STEP
+        # everything that can fail has been done: the network carries the new stack whole, or the old one
+        for name, module in self._network.named_modules():
+            if isinstance(module, BranchedLinear):
+                module.branches = branches.get(name)
+        self._owner = torch.tensor(owner, dtype=torch.int64)
+        self._scales, self._unit_scales, self._strengths = scales, unit_scales, strengths
 
 
 def _stack_rows(items: list[tuple[LoraTarget, _Part]], out_features: int, in_features: int) -> _Part:

@@ -205,3 +205,37 @@ def test_more_rank_than_the_kernels_take_is_refused(tmp_path):
     files = [write_lora(tmp_path / f"{i}.safetensors", i, rank=600) for i in range(2)]
     with pytest.raises(ProblemError, match="rank"):
         LoraStack(toy_network()).set([(file, 1.0) for file in files])
+
+
+def test_memory_that_ends_while_a_stack_is_laid_out_leaves_the_old_one(loras, monkeypatch):
+    network = toy_network()
+    plain = velocity(network)
+    stack = LoraStack(network)
+    calls = []
+
+    def out_of_memory(*arguments: object) -> None:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("engine.lora._bias_rows", out_of_memory)
+        with pytest.raises(MemoryError):
+            stack.set([(loras[0], 1.0)])
+    assert torch.equal(velocity(network), plain)
+    stack.clear()
+    stack.set([(loras[0], 1.0)])
+    fresh = toy_network()
+    LoraStack(fresh).set([(loras[0], 1.0)])
+    assert torch.equal(velocity(network), velocity(fresh))
+
+
+def test_a_layer_told_twice_is_used_once_and_said(tmp_path):
+    module = "transformer_blocks.0.attn.to_k"
+    path = tmp_path / "twice.safetensors"
+    factors = {"lora_A.weight": torch.ones(2, 16), "lora_B.weight": torch.ones(16, 2)}
+    prefixes = (f"transformer.{module}", module)
+    write_safetensors(path, {f"{prefix}.{k}": v.clone() for prefix in prefixes for k, v in factors.items()}, {})
+    [report] = LoraStack(toy_network()).set([(str(path), 1.0)])
+    assert (report.keys_used, len(report.keys_unused)) == (2, 2)
+    assert all("says the same" in item.why for item in report.keys_unused)

@@ -81,7 +81,7 @@ def main() -> None:
             ImageRequest(prompt, seed=seed, model=options.model, previews=False)
             for seed, prompt in enumerate(PROMPTS)
         ]
-        labels, columns = [f"{request.prompt}, seed {request.seed}" for request in requests], 6
+        labels, columns = [f"{request.prompt} ({request.seed})" for request in requests], 6
     else:
         card = next(card for card in list_models() if options.model in (card.model, card.name))
         lora = card.loras[0]
@@ -90,7 +90,7 @@ def main() -> None:
             ImageRequest(prompt, seed=seed, model=options.model, loras=(LoraChoice(lora.name, s),), previews=False)
             for prompt, seed, s in cells
         ]
-        labels, columns = [f"{prompt}, {lora.name} {s:g}" for prompt, _, s in cells], len(STRENGTHS)
+        labels, columns = [f"{prompt}, {s:g}" for prompt, _, s in cells], len(STRENGTHS)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     lay_out(draw(requests), labels, columns).save(options.out, quality=90)
     print(options.out)

@@ -1,7 +1,7 @@
 """A LoRA in half the bytes: both factors balanced, then stored in 8 bits (e4m3), the common scale in `alpha`.
 
-For a module of rank R the product up @ down is kept (SVD: U sqrt(S), sqrt(S) V^T), so that no rank's numbers are far
-smaller than another's where e4m3 has few steps left. Each factor is multiplied by 2^k, which alpha / R takes back.
+For a module of rank R the product up @ down is kept (SVD: U sqrt(S), sqrt(S) V^T), so that no factor's numbers are
+so small that e4m3 has few steps left for them. Each factor is multiplied by 2^k, which alpha / R takes back.
 """
 
 from __future__ import annotations
