@@ -77,6 +77,7 @@ def main() -> None:
     QTest.qWait(700)  # a sample of the memory
     program.window.grab().save(asked.out)
     program.window.close()
+    program.close()
     print(asked.out)
 
 
