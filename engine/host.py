@@ -30,7 +30,7 @@ from typing import IO, Any
 
 from engine.events import Cancelled, Event, Failed, Final
 from engine.folders import repository
-from engine.problems import ProblemError, engine_stopped, internal_error
+from engine.problems import ProblemError, internal_error
 from engine.requests import ImageRequest, Request
 
 DETAIL_LINES = 40  # of the child's standard error, kept for the problem's details
@@ -293,8 +293,3 @@ class _Child:
         with contextlib.suppress(OSError), self._sending:  # nobody listens any more: the reader ends the process
             self._events.write(content)
             self._events.flush()
-
-
-def stopped_event(error: EngineStopped) -> Failed:
-    """What a running job ends with when the child died under it."""
-    return Failed(engine_stopped(error.detail))

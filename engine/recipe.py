@@ -238,11 +238,6 @@ def read_png(path: Path) -> tuple[Pixels, dict[str, str]]:
     return pixels, texts
 
 
-def read_recipe(path: Path) -> Recipe:
-    """The recipe in a PNG that Tonfa saved. Raises ProblemError where there is none or it is damaged."""
-    return recipe_of(read_png(path)[1], path.name)
-
-
 def recipe_of(texts: Mapping[str, str], name: str) -> Recipe:
     """The recipe in a PNG's texts; `name` is what the problem calls the picture."""
     if JSON_KEY not in texts:

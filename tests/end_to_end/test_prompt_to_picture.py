@@ -65,6 +65,10 @@ def draw(engine: Engine, model: Path, prompt: str = "a red fox", **fields: Any) 
     return done.pixels
 
 
+def recipe_in(path: Path) -> recipe.Recipe:
+    return recipe.recipe_of(recipe.read_png(path)[1], path.name)
+
+
 def failure(events: list[Event]) -> tuple[ProblemKind, str]:
     assert isinstance(events[-1], Failed), events[-1]
     return events[-1].problem.kind, str(events[-1].problem)
@@ -95,7 +99,7 @@ def test_a_picture_is_saved_with_its_recipe(engine, tiny, tmp_path):
     (done,) = pictures(events)
     assert done.file == str(out)
     assert np.array_equal(np.asarray(Image.open(out)), done.pixels)
-    made = recipe.read_recipe(out)
+    made = recipe_in(out)
     assert made.to_json() == done.recipe
     assert (made.prompt, made.seed, made.width, made.steps, made.guidance) == ("a red fox", 0, 64, 2, 3.5)
     assert made.loras[0].name == "Bold look"
@@ -199,7 +203,7 @@ def test_verify_makes_the_same_bytes_and_sees_a_changed_pixel(engine, tiny, tmp_
     }  # fmt: skip
     pixels, _ = recipe.read_png(out)
     pixels[3, 4] = 255 - pixels[3, 4]
-    out.write_bytes(recipe.png_bytes(pixels, recipe.read_recipe(out)))
+    out.write_bytes(recipe.png_bytes(pixels, recipe_in(out)))
     result = run(engine, VerifyRequest(str(out), str(tiny)))[-1].result
     assert not result["same"]
     assert result["pixels_different"] == 1

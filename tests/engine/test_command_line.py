@@ -56,6 +56,10 @@ def tonfa(capsys):
     return run
 
 
+def recipe_in(path: Path) -> recipe.Recipe:
+    return recipe.recipe_of(recipe.read_png(path)[1], path.name)
+
+
 def error(outcome: tuple[int, dict[str, Any], str], code: int = 2) -> str:
     """The problem's words; they stand in the JSON and on standard error."""
     found, result, stderr = outcome
@@ -348,7 +352,7 @@ def test_verify_answers_by_its_exit_code(tonfa, tmp_path, monkeypatch):
     code, result, _ = tonfa("verify", "a.png")
     assert (code, result["same"], result["differs"]) == (0, True, [])
     pixels, _ = recipe.read_png(tmp_path / "a.png")
-    made = recipe.read_recipe(tmp_path / "a.png")
+    made = recipe_in(tmp_path / "a.png")
     pixels = np.where(np.arange(64)[:, None, None] < 2, 0, pixels).astype(np.uint8)
     (tmp_path / "b.png").write_bytes(recipe.png_bytes(pixels, made))
     code, result, _ = tonfa("verify", "b.png")
@@ -407,8 +411,12 @@ def test_doctor_tells_the_plans_of_a_card(tonfa, monkeypatch):
 
     card = GpuSample(0, "A card", "GPU-1", 90, "580", 2**37, 2**30, None, None, None, None)
     monkeypatch.setattr(doctor.Monitor, "gpus", lambda self, pid=None: (card,))
-    (gpu,) = tonfa("doctor")[1]["gpus"]
+    result = tonfa("doctor")[1]
+    (gpu,) = result["gpus"]
     assert (gpu["arch"], gpu["plan_int4"], gpu["plan_nvfp4"]) == ("sm_90", "w4a8", "w4a16")
+    told = [one for one in result["problems"] if "on the processor, not by A card" in one["what"]]
+    assert len(told) == 1
+    assert "cuda:0" in told[0]["todo"]
 
 
 # ------------------------------------------------------------------------------------------------------ processes
