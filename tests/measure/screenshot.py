@@ -22,21 +22,24 @@ from PySide6.QtWidgets import QApplication
 from app.__main__ import Program
 from engine.requests import BUILT_IN_MODEL
 
-PATIENCE_S = 600
+PATIENCE_S = 300
 
 
-def wait(condition: Callable[[], object]) -> None:
+def wait(program: Program, condition: Callable[[], object]) -> None:
+    """Until it is so, or something went wrong; the strip that tells it is then in the picture."""
     until = time.monotonic() + PATIENCE_S
-    while not condition():
+    while not condition() and program.generation.trouble is None:
         if time.monotonic() > until:
-            sys.exit(f"Not ready after {PATIENCE_S} s.")
+            generation = program.generation
+            program.close()
+            sys.exit(f"Not so after {PATIENCE_S} s: {generation.model}, {generation.status()}")
         QTest.qWait(10)
 
 
 def draw(program: Program, asked: argparse.Namespace) -> None:
     """Type the prompts, wait for the pictures or for the step of the last one."""
     generation, composer = program.generation, program.composer
-    wait(lambda: generation.model.words.startswith("Ready") or generation.trouble)
+    wait(program, lambda: generation.model.words.startswith("Ready"))
     composer.set_seed(asked.seed)
     if asked.lora is not None and composer.loras:
         composer.set_strength(composer.loras[0].file, asked.lora)
@@ -46,13 +49,13 @@ def draw(program: Program, asked: argparse.Namespace) -> None:
         program.page.generate()
     step = asked.making or asked.kill
     if not step:
-        wait(lambda: not generation.jobs or generation.trouble)
+        wait(program, lambda: not generation.jobs)
         return
     last = generation.jobs[-1]
-    wait(lambda: (now := generation.running) is not None and now.job is last and now.step >= step)
+    wait(program, lambda: (now := generation.running) is not None and now.job is last and now.step >= step)
     if asked.kill and program.engine.pid is not None:
         os.kill(program.engine.pid, signal.SIGTERM if sys.platform == "win32" else signal.SIGKILL)
-        wait(lambda: generation.trouble)
+        wait(program, lambda: False)
 
 
 def main() -> None:
