@@ -134,13 +134,8 @@ def load_flux(
     on_progress is called with a fraction 0 .. 1 before each layer and may raise to stop. The network is in eval
     mode and needs no gradients. Raises ProblemError naming the file, the tensor and what was expected.
     """
-    if recognise(file) is None:
-        raise bad_file(f"{file.path.name} does not hold FLUX's network.", "Choose a FLUX checkpoint.")
-    config = read_config(file)
-    with torch.device("meta"):
-        network = Flux(config)
-    reader = FluxReader(file, network, plan, torch.device(device), dtype)
-    reader.check_all()
+    reader = _checked_reader(file, plan, torch.device(device), dtype)
+    network, config = reader.network, reader.network.config
     layers: list[LinearNames | NormNames] = [*linears_of(config), *norms_of(config)]
     for index, names in enumerate(layers):
         if on_progress is not None:
@@ -149,6 +144,21 @@ def load_flux(
     if on_progress is not None:
         on_progress(1.0)
     return network.requires_grad_(False).eval()
+
+
+def check_flux(file: SafetensorsFile) -> FluxConfig:
+    """Everything that load_flux checks before it reads a tensor. Raises ProblemError as that does."""
+    return _checked_reader(file, "w4a16", torch.device("cpu"), torch.float32).network.config
+
+
+def _checked_reader(file: SafetensorsFile, plan: LayerPlan, device: torch.device, dtype: torch.dtype) -> FluxReader:
+    if recognise(file) is None:
+        raise bad_file(f"{file.path.name} does not hold FLUX's network.", "Choose a FLUX checkpoint.")
+    with torch.device("meta"):
+        network = Flux(read_config(file))
+    reader = FluxReader(file, network, plan, device, dtype)
+    reader.check_all()
+    return reader
 
 
 class FluxReader:

@@ -14,7 +14,7 @@ from engine.checkpoints.bundle import read_bundle
 from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.safetensors_file import SafetensorsFile
 from engine.checkpoints.svdquant_file import SUFFIXES, check_svdquant_linear, quantized_layers
-from engine.families.flux import linears_of, norms_of, read_config, recognise
+from engine.families.flux import check_flux, linears_of, norms_of, read_config, recognise
 from engine.folders import BUNDLE_FILE, list_models
 from engine.lora import LoraReport, LoraStack, is_lora
 from engine.models.flux import Flux, FluxConfig
@@ -44,13 +44,13 @@ def inspect_file(path: Path, check: Callable[[], None]) -> dict[str, Any]:
     A sound file that Tonfa cannot use is a result with usable false; a damaged one raises ProblemError.
     """
     if path.name == BUNDLE_FILE or (path / BUNDLE_FILE).is_file():
-        return asdict(_bundle(path if path.is_dir() else path.parent))
+        return asdict(_bundle(path if path.is_dir() else path.parent, check))
     if not path.exists():
         raise bad_file(f"There is no file {path.name}.", "Check the name and the folder.", str(path))
     file = open_checkpoint(path)
     check()
     if recognise(file) is not None:
-        report = _transformer(file)
+        report = _transformer(file, check)
     elif is_lora(file):
         report = _lora(file, check)
     else:
@@ -59,17 +59,17 @@ def inspect_file(path: Path, check: Callable[[], None]) -> dict[str, Any]:
     return asdict(report)
 
 
-def _bundle(folder: Path) -> _Report:
+def _bundle(folder: Path, check: Callable[[], None]) -> _Report:
     bundle = read_bundle(folder)
-    report = _transformer(open_checkpoint(bundle.weights["transformer"].path))
+    report = _transformer(open_checkpoint(bundle.weights["transformer"].path), check)
     report.file, report.kind = str(folder), "bundle"
     for role in (*bundle.weights, *bundle.tokenizers):
-        bundle.part_hash(role)  # raises for a part that is not the one it names
+        bundle.part_hash(role, check)  # raises for a part that is not the one it names
     return report
 
 
-def _transformer(file: SafetensorsFile) -> _Report:
-    config = read_config(file)
+def _transformer(file: SafetensorsFile, check: Callable[[], None]) -> _Report:
+    config = check_flux(file)  # what generate would refuse is refused here
     layers = quantized_layers(file)
     report = _Report(str(file.path), "svdquant" if layers else "transformer", "flux", usable=True)
     ranks: Counter[int] = Counter()
@@ -102,14 +102,15 @@ def _transformer(file: SafetensorsFile) -> _Report:
         elif key not in used:
             report.keys_unused.append({"key": key, "why": "FLUX's network has no such tensor"})
     report.keys_used = len(file.tensors) - len(report.keys_unused)
-    if layers and _has_minus_eight(file, list(layers)):
+    if layers and _has_minus_eight(file, list(layers), check):
         report.reason = "some layers hold a code of -8 and run w4a16 where the others run w4a8"
     return report
 
 
-def _has_minus_eight(file: SafetensorsFile, prefixes: list[str]) -> bool:
+def _has_minus_eight(file: SafetensorsFile, prefixes: list[str], check: Callable[[], None]) -> bool:
     """Whether an int4 layer holds the code -8, which w4a8 has no place for (two's complement nibble 8)."""
     for prefix in prefixes:
+        check()
         if f"{prefix}.wscales" not in file.tensors or file.tensors[f"{prefix}.qweight"].dtype != torch.int8:
             continue
         if file.tensors[f"{prefix}.wscales"].dtype == torch.float8_e4m3fn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,10 @@ import pytest
 
 from engine import recipe
 from engine.__main__ import lora_choice, main
+from engine.checkpoints.safetensors_file import open_safetensors, write_safetensors
 from engine.folders import repository
 from engine.requests import LoraChoice
-from tests.end_to_end.tiny_bundle import make_tiny_bundle, write_vae
+from tests.end_to_end.tiny_bundle import make_tiny_bundle, tiny_description, write_bundle_json, write_vae
 
 SCHEMA = json.loads((repository() / "engine" / "cli.schema.json").read_text("utf-8"))
 
@@ -316,6 +318,29 @@ def test_inspect_tells_what_each_file_is(tonfa, models, tmp_path):
     for file, kind in (("t5", "text_encoder"), ("clip", "text_encoder"), ("vae", "vae")):
         found = tonfa("inspect", models / "tiny" / f"{file}.safetensors")[1]
         assert (found["kind"], found["usable"]) == (kind, True)
+
+
+@pytest.mark.parametrize("wrong", ["shape", "type", "bias"])
+def test_inspect_refuses_what_generate_refuses(tonfa, models, tmp_path, wrong):
+    import torch
+
+    shutil.copytree(models / "tiny", tmp_path / "model")
+    path = tmp_path / "model" / "transformer.safetensors"
+    file = open_safetensors(path)
+    tensors = {name: file.read(name) for name in file.tensors}
+    name = next(name for name in tensors if name.endswith("proj_mlp.weight"))
+    tensors[name] = {
+        "shape": tensors[name][:, :7].contiguous(), "type": tensors[name].to(torch.int32), "bias": tensors[name]
+    }[wrong]  # fmt: skip
+    if wrong == "bias":
+        name = name.replace(".weight", ".bias")
+        tensors[name] = tensors[name][:7].clone()
+    write_safetensors(path, tensors, file.metadata)
+    write_bundle_json(tmp_path / "model", tiny_description(tmp_path / "model"))
+    refused = error(tonfa("generate", "--prompt", "x", "--model", tmp_path / "model", "--out", "a.png"))
+    assert name in refused
+    assert error(tonfa("inspect", path)) == refused
+    assert error(tonfa("inspect", tmp_path / "model")) == refused
 
 
 def test_a_sound_but_foreign_file_is_a_result_a_damaged_one_a_problem(tonfa, tmp_path):
