@@ -30,11 +30,19 @@ class Transformer:
 
 
 def read_transformer(bundle: Bundle) -> Transformer:
-    """Raises ProblemError when the bundle's transformer is no FLUX network."""
+    """Raises ProblemError when the bundle's transformer is no FLUX network, or not the one it was written for."""
     file = open_checkpoint(bundle.weights["transformer"].path)
     if recognise(file) is None:
         raise bad_file(f"{file.path.name} does not hold FLUX's network.", "Choose a FLUX checkpoint.")
-    return Transformer(file, read_config(file), precision_of(file))
+    config = read_config(file)
+    channels = config.out_channels // 4  # of the latents: a token holds 2 x 2 of them
+    if bundle.preview is not None and len(bundle.preview.rows) != channels:
+        raise bad_file(
+            f"The preview matrix of {bundle.card.name} has {len(bundle.preview.rows)} rows; its network makes "
+            f"latents of {channels} channels.",
+            "Download the model again, or correct its bundle.json.",
+        )
+    return Transformer(file, config, precision_of(file))
 
 
 def precision_of(file: SafetensorsFile) -> Precision | None:

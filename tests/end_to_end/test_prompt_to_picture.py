@@ -461,6 +461,17 @@ def test_a_network_that_makes_no_numbers_is_named_and_not_the_vae(tmp_path):
     assert "strengths" in words
 
 
+def test_a_preview_matrix_for_another_network_is_told_before_loading(tmp_path):
+    model, engine = make_tiny_bundle(tmp_path / "model"), Engine()
+    content = tiny_description(model)
+    content["preview"]["matrix"].pop()
+    write_bundle_json(model, content)
+    kind, words = failure(run(engine, ImageRequest("a fox", model=str(model))))
+    assert kind is ProblemKind.FILE
+    assert "15 rows" in words
+    assert engine._model is None
+
+
 def test_a_lora_of_the_bundle_that_was_exchanged_is_told(tmp_path):
     model, engine = make_tiny_bundle(tmp_path / "model"), Engine()
     shutil.copy(model / "lora-soft.safetensors", model / "lora-bold.safetensors")
