@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.checkpoints.bundle import Bundle
 from engine.checkpoints.safetensors_file import open_safetensors
+from engine.folders import named_path
 from engine.problems import bad_file, bad_request
 from engine.requests import MAX_PROMPT_CHARACTERS
 from engine.text.clip import ClipEncoder
@@ -83,7 +84,7 @@ def find_prompts(named: str, bundle: Bundle | None) -> tuple[str, ...] | None:
                 "Prompts need text encoders, and there is no bundle.json beside the source.",
                 "Put the file into a model's folder, or leave the prompts out.",
             )
-        return read_prompts(Path(named).expanduser())
+        return read_prompts(named_path(named))
     if bundle is None:
         return None
     path = Path(bundle.card.folder) / PROMPTS_FILE

@@ -23,7 +23,7 @@ from engine.checkpoints.safetensors_file import SafetensorsFile, SafetensorsWrit
 from engine.device import Device, choose_device
 from engine.events import Cancelled, Event, Finished, Notice, QuantizeProgress
 from engine.families.flux import read_config, recognise
-from engine.folders import BUNDLE_FILE
+from engine.folders import BUNDLE_FILE, named_path
 from engine.models.flux import FluxConfig
 from engine.problems import bad_request
 from engine.quantizer import pack
@@ -105,7 +105,7 @@ def quantize_model(
 
 def open_source(request: QuantizeRequest) -> tuple[SafetensorsFile, Bundle | None]:
     """The file to convert (of a bundle's folder its network), and the bundle it lies in. Raises ProblemError."""
-    path = Path(request.source).expanduser()
+    path = named_path(request.source)
     folder = path if path.is_dir() else path.parent
     bundle = read_bundle(folder) if (folder / BUNDLE_FILE).is_file() else None
     if path.is_dir() and bundle is not None:
@@ -125,7 +125,7 @@ def _network_source(request: QuantizeRequest, file: SafetensorsFile, bundle: Bun
 
 
 def _checked_out(request: QuantizeRequest) -> Path:
-    out = Path(request.out).expanduser()
+    out = named_path(request.out)
     try:
         if out.suffix != ".safetensors" or "\0" in out.name or out.is_dir():
             raise bad_request(
@@ -135,7 +135,7 @@ def _checked_out(request: QuantizeRequest) -> Path:
             raise bad_request(f"There is no folder {out.parent}.", "Make the folder, or choose another.")
         if not os.access(out.parent, os.W_OK):
             raise bad_request(f"The folder {out.parent} cannot be written to.", "Choose another folder.")
-        if out.exists() and out.samefile(Path(request.source).expanduser()):
+        if out.exists() and out.samefile(named_path(request.source)):
             raise bad_request("The result would replace its source.", "Choose another name for the result.")
     except (OSError, ValueError) as error:
         raise bad_request(f"The result cannot be written: {error}.", "Choose another name for it.") from None
