@@ -273,7 +273,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(plain_file, tmp_path):
         ("missing/q.safetensors", "no folder"),
         ("source/network.safetensors", "replace its source"),
         ("source", "ends in .safetensors"),
-        ("a\0b.safetensors", "cannot be written"),
+        ("a\0b.safetensors", "not text"),
     ],
 )
 def test_a_result_that_cannot_be_written_is_refused_first(plain_file, tmp_path, out, said):
