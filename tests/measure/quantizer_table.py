@@ -2,8 +2,8 @@
 
     python -m tests.measure.quantizer_table BUNDLE [--t5 FILE] [--errors-only]
 
-BUNDLE: a folder with a bundle.json and a 16-bit network. It is converted five times; 16 pictures are drawn from each
-file and compared with those of the 16-bit network: same prompts, same seeds. --t5: a 4-bit T5 to compare as well.
+BUNDLE: a folder with a bundle.json and a 16-bit network. It is converted five times; 16 pictures are drawn
+from each file and compared with those of the 16-bit network: same prompts, same seeds. --t5: a 4-bit T5 to compare as well.
 """
 
 from __future__ import annotations
