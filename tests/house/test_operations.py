@@ -51,6 +51,9 @@ def test_every_kernel_and_every_wrapper_is_one_of_an_operation():
     assert kernels <= wrappers
 
 
-def test_a_kernels_file_is_named_operation_plan_cu():
-    for file in (ROOT / "kernels_cu").glob("*.cu"):
-        assert len(file.name.split(".")) == 3, f"{file.name} should be <operation>.<plan>.cu"
+def test_a_kernels_file_is_named_by_its_operation_and_where_there_are_several_by_its_plan():
+    files = [file.name for file in (ROOT / "kernels_cu").glob("*.cu")]
+    for name in files:
+        operation, *plan = name.removesuffix(".cu").split(".")
+        assert len(plan) <= 1, f"{name} should be <operation>.cu or <operation>.<plan>.cu"
+        assert plan or sum(other.startswith(f"{operation}.") for other in files) == 1, f"{name} should name its plan"
