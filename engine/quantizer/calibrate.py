@@ -59,6 +59,13 @@ class BlockStream:
     def num_blocks(self) -> int:
         return self.config.num_layers + self.config.num_single_layers
 
+    @property
+    def block_sizes(self) -> list[float]:
+        """Parameters of each block, relative to the largest."""
+        blocks = [self.network.get_submodule(self.name(index)) for index in range(self.num_blocks)]
+        sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+        return [size / max(sizes) for size in sizes]
+
     def name(self, index: int) -> str:
         """Of block `index`, in the order data flows."""
         doubles = self.config.num_layers
@@ -123,9 +130,10 @@ class Calibration:
         return self._levels.numel()
 
     @property
-    def tokens(self) -> int:
-        """Of one sample, text and image."""
-        return self._prompts.text.shape[1] + self._height * self._width
+    def passes_of_step(self) -> float:
+        """One timestep's samples through a block, in passes of as many rows as are kept of a linear."""
+        tokens = self._prompts.text.shape[1] + self._height * self._width
+        return self._levels.shape[1] * tokens / self._amounts.rows
 
     @property
     def num_walk_passes(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -119,6 +119,6 @@ def _comfy(config: FluxConfig) -> dict[str, Any]:
     }
 
 
-def layout_of(files: Iterator[SafetensorsFile]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def layout_of(files: Sequence[SafetensorsFile]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """dtype and shape of every tensor in several files."""
     return {name: (info.dtype, info.shape) for file in files for name, info in file.tensors.items()}

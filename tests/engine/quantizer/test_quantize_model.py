@@ -281,6 +281,11 @@ def test_a_result_that_cannot_be_written_is_refused_first(plain_file, tmp_path, 
         run(plain_file, tmp_path / out)
 
 
+def test_a_bundles_own_network_is_not_replaced(bundle):
+    with pytest.raises(ProblemError, match="replace its source"):
+        run(bundle, bundle / "transformer.safetensors")
+
+
 def test_what_is_4bit_already_is_refused(made, tmp_path):
     with pytest.raises(ProblemError, match="4-bit already"):
         run(made[1], tmp_path / "again.safetensors")
