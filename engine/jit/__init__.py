@@ -1,0 +1,27 @@
+"""Kernels are compiled on the person's machine (NVRTC, no toolkit), kept in a cache, and launched from Python.
+
+A `Variant` names a source in kernels_cu and its defines; `prepare` compiles a model's variants with progress,
+`load` brings them onto the card, `launch` runs one on torch's current stream.
+"""
+
+from __future__ import annotations
+
+from engine.jit.compile import Compiled, compile_cubin, compiled, prepare, set_cache_folder
+from engine.jit.launch import Strided, launch, load, synchronize
+from engine.jit.sources import ARCHITECTURES, KernelError, Variant, arch_of
+
+__all__ = [
+    "ARCHITECTURES",
+    "Compiled",
+    "KernelError",
+    "Strided",
+    "Variant",
+    "arch_of",
+    "compile_cubin",
+    "compiled",
+    "launch",
+    "load",
+    "prepare",
+    "set_cache_folder",
+    "synchronize",
+]
