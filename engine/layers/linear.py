@@ -7,12 +7,13 @@ call. So a slider costs nothing, and a strength of 0 computes exactly what no Lo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Act: TypeAlias = Tensor  # what a linear reads
 RANK_STEP = 16  # ranks that share one scale; every branch is padded to it
 
 
@@ -76,6 +77,10 @@ class BranchedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         return y if self.branches is None else self.branches.add_to(y, x)
+
+    def gelu(self, x: Act, reader: BranchedLinear) -> Act:
+        """GELU(self(x)), tanh's form, as `reader` reads it: (..., K) -> (..., N)."""
+        return F.gelu(self(x), approximate="tanh")
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}"

@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.layers.attention import attend, normed_qkv
+from engine.layers.attention import Projection, joint_attention
 from engine.layers.linear import BranchedLinear, Linear
+from engine.layers.modulation import add_gated, modulated
 from engine.layers.norms import RMSNorm, layer_norm
 from engine.layers.rope import rotary_table
 from engine.problems import bad_file
 
 MLP_RATIO = 4
 TIMESTEP_CHANNELS = 256
-FP16_MAX = 65504.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +122,6 @@ def sinusoidal(t: Tensor, channels: int = TIMESTEP_CHANNELS) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def stay_in_range(x: Tensor) -> Tensor:
-    """The residual stream of FLUX leaves fp16's range now and then; elsewhere this does nothing."""
-    return x.clamp(-FP16_MAX, FP16_MAX) if x.dtype == torch.float16 else x
-
-
 class Embedder(nn.Module):
     """Two linears with SiLU between: (B, K) -> (B, C)."""
 
@@ -163,17 +158,12 @@ class Stream(nn.Module):
         self.fc1 = Linear(c, MLP_RATIO * c)
         self.fc2 = Linear(MLP_RATIO * c, c)
 
-    def mlp(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-        return y
-
 
 class DoubleBlock(nn.Module):
     """Text and image attend to each other, each through its own projections and its own MLP."""
 
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_attention_heads
         self.image = Stream(config)
         self.text = Stream(config)
 
@@ -182,20 +172,20 @@ class DoubleBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """text (B, T, C), image (B, I, C), conditioning = silu(embedding) (B, C) -> text, image."""
         streams = (self.text, self.image)
-        tokens = (text, image)
-        modulation = [s.modulation(conditioning)[:, None].chunk(6, dim=-1) for s in streams]  # 6 x (B, 1, C)
-        qkv = [
-            normed_qkv(s.qkv(layer_norm(x) * m[1] + m[0]), self.num_heads, s.norm_q, s.norm_k)
-            for s, x, m in zip(streams, tokens, modulation, strict=True)
-        ]
-        q, k, v = (torch.cat(parts, dim=2) for parts in zip(*qkv, strict=True))  # (B, H, T + I, D)
-        mixed = torch.split(attend(q, k, v, table), [text.shape[1], image.shape[1]], dim=1)
-        result = []
-        for s, x, m, attended in zip(streams, tokens, modulation, mixed, strict=True):
-            x = x + m[2] * s.out(attended)
-            x = x + m[5] * s.mlp(layer_norm(x) * m[4] + m[3])
-            result.append(stay_in_range(x))
-        return result[0], result[1]
+        tokens = [text, image]
+        modulations = [s.modulation(conditioning)[:, None].chunk(6, dim=-1) for s in streams]  # 6 x (B, 1, C) each
+        projections = []
+        for s, x, (shift, scale, *_) in zip(streams, tokens, modulations, strict=True):
+            (y,) = modulated(x, shift, scale, s.qkv)
+            projections.append(Projection(s.qkv, s.norm_q, s.norm_k, y, x.shape[1]))
+        attended = joint_attention(projections, table).split([text.shape[1], image.shape[1]], dim=1)
+        for i, (s, (_, _, gate, mlp_shift, mlp_scale, mlp_gate)) in enumerate(
+            zip(streams, modulations, strict=True)
+        ):
+            x = add_gated(tokens[i], gate, (s.out, attended[i]))
+            (y,) = modulated(x, mlp_shift, mlp_scale, s.fc1)
+            tokens[i] = add_gated(x, mlp_gate, (s.fc2, s.fc1.gelu(y, s.fc2)))
+        return tokens[0], tokens[1]
 
 
 class SingleBlock(nn.Module):
@@ -210,7 +200,6 @@ class SingleBlock(nn.Module):
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
         c = config.hidden_size
-        self.num_heads = config.num_attention_heads
         self.modulation = Linear(c, 3 * c)  # shift, scale, gate; scale contains the 1
         self.qkv = Linear(c, 3 * c)
         self.norm_q = RMSNorm(config.attention_head_dim)
@@ -224,12 +213,11 @@ class SingleBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """text (B, T, C), image (B, I, C), conditioning = silu(embedding) (B, C) -> text, image."""
         x = torch.cat([text, image], dim=1)
-        shift, scale, gate = self.modulation(conditioning)[:, None].chunk(3, dim=-1)
-        y = layer_norm(x) * scale + shift
-        q, k, v = normed_qkv(self.qkv(y), self.num_heads, self.norm_q, self.norm_k)
-        attended = self.out(attend(q, k, v, table))
-        x = x + gate * (attended + self.fc2(F.gelu(self.fc1(y), approximate="tanh")))
-        hidden_text, hidden_image = torch.split(stay_in_range(x), [text.shape[1], image.shape[1]], dim=1)
+        shift, scale, gate = self.modulation(conditioning)[:, None].chunk(3, dim=-1)  # (B, 1, C) each
+        y, y_mlp = modulated(x, shift, scale, self.qkv, self.fc1)
+        attended = joint_attention([Projection(self.qkv, self.norm_q, self.norm_k, y, x.shape[1])], table)
+        x = add_gated(x, gate, (self.out, attended), (self.fc2, self.fc1.gelu(y_mlp, self.fc2)))
+        hidden_text, hidden_image = torch.split(x, [text.shape[1], image.shape[1]], dim=1)
         return hidden_text, hidden_image
 
 
