@@ -1,21 +1,210 @@
 """quantize_act: activations to few bits, and the low-rank branch's first half from the same x.
 
 `svdq_linear.py` says in closed form what these numbers are for; `numerics` is explained there.
+An `ActTarget` is what a linear wants its input to be, a `QuantizedAct` that input.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from engine.reference.e2m1 import E2M1_MAX, encode_e2m1
+from engine.reference.e2m1 import E2M1_MAX, decode_e2m1, encode_e2m1
 
 Numerics = Literal["public", "tonfa"]
+ActFormat = Literal["int4", "uint4", "e4m3", "nvfp4", "half"]
+HALF_TYPES = (torch.bfloat16, torch.float16, torch.float32)  # what h may be; fp32 on a CPU only
+RANK_SLICE = 16  # ranks that share one scale
+K_STEP = 64  # channels come in whole numbers of these, in every format
+MAX_RANK = 1024
 INT4_GROUP, NVFP4_GROUP = 64, 16
 INT4_MAX, UINT4_MAX = 7.0, 15.0
 E4M3_MAX = 448.0
+
+
+@dataclass(frozen=True, eq=False)
+class ActTarget:
+    """What a quantized linear wants its input to be; made once, when a model is loaded.
+
+    K channels, R rank (a multiple of 16, 0..1024), h the network's 16-bit type (fp32 on a CPU). Linears that share
+    one input and one smooth_factor share one target, their factors side by side along R.
+    `inverse_smooth` and `packed_down` are the kernels' own copies of the same numbers: `arrange_target` of
+    engine/kernels/quantize_act.py makes them, the reference ignores them.
+    Raises ValueError when shapes or dtypes do not fit together.
+    """
+
+    format: ActFormat
+    smooth_factor: Tensor  # (K,) fp32, x + shift is divided by it
+    proj_down: Tensor  # (K, R) h; sees x itself, neither shifted nor smoothed
+    rank_scales: Tensor  # (R/16,) fp32; kernels leave the columns of `low` whose scale is 0 as they find them
+    shift: float = 0.0  # added before smoothing; 11/64 behind a GELU for "uint4", else 0
+    inverse_smooth: Tensor | None = None  # (K,) fp32: 1 / smooth_factor
+    packed_down: Tensor | None = None  # (R/16, K/32, 2, 32, 8) h: proj_down in the order a warp reads it
+
+    def __post_init__(self) -> None:
+        if self.format not in get_args(ActFormat):
+            raise ValueError(f"ActTarget: no format {self.format!r}")
+        if self.smooth_factor.ndim != 1 or self.in_features % K_STEP or not self.in_features:
+            raise ValueError(
+                f"ActTarget: smooth_factor must be (K,), K a multiple of {K_STEP}, "
+                f"got {tuple(self.smooth_factor.shape)}"
+            )
+        k, rank = self.in_features, self.proj_down.shape[-1]
+        if tuple(self.proj_down.shape) != (k, rank) or rank % RANK_SLICE or rank > MAX_RANK:
+            raise ValueError(
+                f"ActTarget: proj_down must be ({k}, R), R a multiple of {RANK_SLICE} up to {MAX_RANK}, "
+                f"got {tuple(self.proj_down.shape)}"
+            )
+        if tuple(self.rank_scales.shape) != (rank // RANK_SLICE,):
+            raise ValueError(
+                f"ActTarget: rank_scales must be ({rank // RANK_SLICE},) for rank {rank}, "
+                f"got {tuple(self.rank_scales.shape)}"
+            )
+        if self.smooth_factor.dtype != torch.float32 or self.rank_scales.dtype != torch.float32:
+            raise ValueError(
+                f"ActTarget: smooth_factor and rank_scales must be fp32, "
+                f"got {self.smooth_factor.dtype} and {self.rank_scales.dtype}"
+            )
+        if self.proj_down.dtype not in HALF_TYPES:
+            raise ValueError(f"ActTarget: proj_down must be one of {HALF_TYPES}, got {self.proj_down.dtype}")
+        if self.shift != 0 and self.format != "uint4":
+            raise ValueError(f'ActTarget: only "uint4" has a shift, got {self.shift} for "{self.format}"')
+
+    @property
+    def in_features(self) -> int:
+        return self.smooth_factor.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.proj_down.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedAct:
+    """The input of a quantized linear: M tokens of K channels in few bits, and their low-rank activations.
+
+    format   codes                                         scales
+    "int4"   (M, K/2) uint8, two's complement nibbles      (K/64, M) fp32
+    "uint4"  (M, K/2) uint8, nibbles 0..15                 (K/64, M) fp32
+    "e4m3"   (M, K) uint8, bytes of float8_e4m3fn          (M,) fp32
+    "nvfp4"  (M, K/2) uint8, e2m1 nibbles                  (M, K/16) uint8, bytes of float8_e4m3fn
+    "half"   (M, K) h: h(x / smooth_factor)                None
+
+    Of two nibbles in a byte the low one is the even column. `low` is (M, R): x @ proj_down, without any strength,
+    as fp32, or as int64 with 28 fractional bits where a GEMM's epilogue added it up; None for rank 0. Its rows may
+    stand further apart than R where two linears share one input.
+    Raises ValueError when shapes or dtypes do not fit together.
+    """
+
+    format: ActFormat
+    codes: Tensor
+    scales: Tensor | None
+    low: Tensor | None
+
+    def __post_init__(self) -> None:
+        if self.format not in get_args(ActFormat):
+            raise ValueError(f"QuantizedAct: no format {self.format!r}")
+        if (
+            self.codes.ndim != 2
+            or self.in_features % K_STEP
+            or (self.codes.dtype in HALF_TYPES) != (self.format == "half")
+        ):
+            raise ValueError(
+                f'QuantizedAct: "{self.format}" has no codes {tuple(self.codes.shape)} {self.codes.dtype}'
+            )
+        expected = _scales_layout(self.format, self.num_tokens, self.in_features)
+        found = None if self.scales is None else (tuple(self.scales.shape), self.scales.dtype)
+        if found != expected:
+            raise ValueError(
+                f'QuantizedAct: "{self.format}" codes {tuple(self.codes.shape)} take scales {expected}, got {found}'
+            )
+        if self.low is not None and (
+            self.low.ndim != 2
+            or self.low.shape[0] != self.num_tokens
+            or self.low.shape[1] % RANK_SLICE
+            or self.low.dtype not in (torch.float32, torch.int64)
+        ):
+            raise ValueError(
+                f"QuantizedAct: low must be ({self.num_tokens}, R) fp32 or int64, R a multiple of {RANK_SLICE}, "
+                f"got {tuple(self.low.shape)} {self.low.dtype}"
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.codes.shape[1] * (2 if self.format in NIBBLE_FORMATS else 1)
+
+
+NIBBLE_FORMATS: tuple[ActFormat, ...] = ("int4", "uint4", "nvfp4")
+
+
+def _scales_layout(format: ActFormat, m: int, k: int) -> tuple[tuple[int, ...], torch.dtype] | None:
+    match format:
+        case "int4" | "uint4":
+            return (k // INT4_GROUP, m), torch.float32
+        case "nvfp4":
+            return (m, k // NVFP4_GROUP), torch.uint8
+        case "e4m3":
+            return (m,), torch.float32
+        case "half":
+            return None
+
+
+def quantize_act(x: Tensor, target: ActTarget) -> QuantizedAct:
+    """x: (M, K) h. Returns what `target`'s linear reads: codes, scales, and x @ proj_down in fp32.
+
+    Raises ValueError for an x of another width.
+    """
+    if x.ndim != 2 or x.shape[1] != target.in_features:
+        raise ValueError(f"quantize_act: x must be (M, {target.in_features}), got {tuple(x.shape)}")
+    codes: Tensor
+    scales: Tensor | None
+    match target.format:
+        case "int4" | "uint4":
+            shift = target.shift if target.format == "uint4" else None
+            codes, scales = quantize_act_int4(x, target.smooth_factor, unsigned_shift=shift)
+            codes, scales = pack_nibbles(codes), scales.T.contiguous()
+        case "nvfp4":
+            codes, scales = quantize_act_nvfp4(x, target.smooth_factor)
+            codes, scales = pack_nibbles(codes), scales.view(torch.uint8)
+        case "e4m3":
+            codes, scales = quantize_act_e4m3(x, target.smooth_factor)
+            codes = codes.view(torch.uint8)
+        case "half":
+            codes, scales = smooth(x, target.smooth_factor).to(x.dtype), None
+    return QuantizedAct(target.format, codes, scales, project_down(x, target.proj_down) if target.rank else None)
+
+
+def dequantize(act: QuantizedAct) -> Tensor:
+    """(M, K) fp32: what the codes stand for, the shifted and smoothed input."""
+    if act.format == "half":
+        return act.codes.float()
+    assert act.scales is not None
+    if act.format == "e4m3":
+        return act.codes.view(torch.float8_e4m3fn).float() * act.scales.unsqueeze(-1)
+    codes = unpack_nibbles(act.codes)
+    if act.format == "nvfp4":
+        scales = act.scales.view(torch.float8_e4m3fn).float()
+        return decode_e2m1(codes) * scales.repeat_interleave(NVFP4_GROUP, dim=1)
+    values = codes.float() if act.format == "uint4" else ((codes ^ 8).float() - 8)
+    return values * act.scales.T.repeat_interleave(INT4_GROUP, dim=1)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """(M, K) int8 or uint8, the low four bits of each -> (M, K/2) uint8, even column in the low nibble."""
+    nibbles = codes.view(torch.uint8) & 15
+    return nibbles[:, ::2] | nibbles[:, 1::2] << 4
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """(M, K/2) uint8 -> (M, K) uint8 0..15, even column from the low nibble."""
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
 
 
 def smooth(x: Tensor, smooth_factor: Tensor, *, shift: float = 0.0, numerics: Numerics = "tonfa") -> Tensor:

@@ -11,11 +11,19 @@ from torch import Tensor
 
 from engine.reference.e2m1 import decode_e2m1
 from engine.reference.quantize_act import (
+    ActFormat,
+    ActTarget,
     Numerics,
+    QuantizedAct,
+    dequantize,
+    pack_nibbles,
     project_down,
+    quantize_act,
     quantize_act_e4m3,
     quantize_act_int4,
     quantize_act_nvfp4,
+    smooth,
+    unpack_nibbles,
 )
 from tests.golden import golden
 from tests.kernels.golden_linears import GELU_SHIFT, golden_linear
@@ -52,6 +60,61 @@ def test_undoing_unsigned_int4_gives_the_shifted_gelu() -> None:
     assert codes.dtype == torch.uint8
     assert int(codes.max()) == 15
     assert (error.abs() <= level / 2 * 1.001).all()
+
+
+# relative error of what the codes stand for, on activations with outliers
+FORMATS: dict[ActFormat, float] = {"int4": 0.2, "uint4": 0.09, "e4m3": 0.03, "nvfp4": 0.11, "half": 2**-9}
+
+
+def target_for(format: ActFormat, smooth_factor: Tensor, proj_down: Tensor) -> ActTarget:
+    return ActTarget(
+        format=format,
+        smooth_factor=smooth_factor.float(),
+        proj_down=proj_down,
+        rank_scales=torch.ones(proj_down.shape[1] // 16),
+        shift=GELU_SHIFT if format == "uint4" else 0.0,
+    )
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_stands_for_the_smoothed_input(format: ActFormat) -> None:
+    x, smooth_factor = activations(m=33, k=256)
+    if format == "uint4":
+        x = F.gelu(x, approximate="tanh")
+    target = target_for(format, smooth_factor, torch.randn(256, 32).bfloat16())
+    act = quantize_act(x, target)
+    wanted = smooth(x, target.smooth_factor, shift=target.shift)
+    assert (act.format, act.num_tokens, act.in_features) == (format, 33, 256)
+    assert relative_error(dequantize(act), wanted) < FORMATS[format]
+    assert act.low is not None
+    assert relative_error(act.low, x.float() @ target.proj_down.float()) < 1e-6
+
+
+def test_two_codes_a_byte_the_even_column_low() -> None:
+    codes = torch.tensor([[1, 2, 15, 0]], dtype=torch.uint8)
+    assert pack_nibbles(codes).tolist() == [[0x21, 0x0F]]
+    assert torch.equal(unpack_nibbles(pack_nibbles(codes)), codes)
+    assert pack_nibbles(torch.tensor([[-1, -7]], dtype=torch.int8)).tolist() == [[0x9F]]
+
+
+def test_what_does_not_fit_together_is_refused() -> None:
+    ones, none = torch.ones(128), torch.ones(0)
+    with pytest.raises(ValueError, match=r"R a multiple of 16 up to 1024, got \(128, 24\)"):
+        ActTarget("int4", ones, torch.ones(128, 24), none)
+    with pytest.raises(ValueError, match=r"multiple of 64.*\(100,\)"):
+        ActTarget("int4", torch.ones(100), torch.ones(100, 0), none)
+    with pytest.raises(ValueError, match=r"rank_scales must be \(2,\)"):
+        ActTarget("int4", ones, torch.ones(128, 32), torch.ones(1))
+    with pytest.raises(ValueError, match=r"fp32.*bfloat16"):
+        ActTarget("int4", ones.bfloat16(), torch.ones(128, 0), none)
+    with pytest.raises(ValueError, match=r"shift.*0.5"):
+        ActTarget("int4", ones, torch.ones(128, 0), none, shift=0.5)
+    with pytest.raises(ValueError, match=r"scales .*\(2, 3\)"):
+        QuantizedAct("int4", torch.zeros(3, 64, dtype=torch.uint8), torch.ones(3, 2), None)
+    with pytest.raises(ValueError, match=r"low must be \(3, R\)"):
+        QuantizedAct("half", torch.zeros(3, 64), None, torch.ones(2, 16))
+    with pytest.raises(ValueError, match=r"\(M, 128\), got \(3, 64\)"):
+        quantize_act(torch.ones(3, 64), ActTarget("half", ones, torch.ones(128, 0), none))
 
 
 @pytest.mark.parametrize("numerics", NUMERICS)

@@ -1,0 +1,28 @@
+"""quantize_act: activations to few bits and through proj_down, in one pass over x."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from engine.reference import quantize_act as reference
+from engine.reference.quantize_act import ActTarget, QuantizedAct
+
+
+def arrange_target(target: ActTarget) -> ActTarget:
+    """The same target with the copies that kernels read; once, when a model is loaded or its LoRAs change."""
+    k, rank = target.proj_down.shape
+    # 16 ranks, tile of 8, rank, 32 channels, lane of a quad, channel -> the B fragments of mma, 16 bytes a lane
+    factors = target.proj_down.T.reshape(rank // 16, 2, 8, k // 32, 4, 8)
+    packed = factors.permute(0, 3, 1, 2, 4, 5).reshape(rank // 16, k // 32, 2, 32, 8).contiguous()
+    return replace(target, inverse_smooth=1 / target.smooth_factor, packed_down=packed)
+
+
+def quantize_act(x: Tensor, target: ActTarget) -> QuantizedAct:
+    """Quantize x as `target` says, and multiply it by target.proj_down.
+
+    x: (M, K) h. Returns codes, scales and low as `QuantizedAct` lays them out.
+    CPU tensors go to the reference, so every model also runs, slowly, without a GPU.
+    """
+    return reference.quantize_act(x, target)
