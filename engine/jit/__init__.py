@@ -7,8 +7,8 @@ A `Variant` names a source in kernels_cu and its defines; `prepare` compiles a m
 from __future__ import annotations
 
 from engine.jit.compile import Compiled, compile_cubin, compiled, prepare, set_cache_folder
-from engine.jit.launch import Strided, launch, load, synchronize
-from engine.jit.sources import ARCHITECTURES, KernelError, Variant, arch_of
+from engine.jit.launch import Strided, current_arch, launch, load, noted, synchronize
+from engine.jit.sources import ARCHITECTURES, KernelError, Variant, arch_of, kernels_version
 
 __all__ = [
     "ARCHITECTURES",
@@ -19,8 +19,11 @@ __all__ = [
     "arch_of",
     "compile_cubin",
     "compiled",
+    "current_arch",
+    "kernels_version",
     "launch",
     "load",
+    "noted",
     "prepare",
     "set_cache_folder",
     "synchronize",

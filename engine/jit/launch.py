@@ -5,12 +5,13 @@ The driver is touched only once torch has said that there is a card: without one
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -24,6 +25,7 @@ CONFIG = "7IPPI4x"  # CUlaunchConfig: grid, block, dynamic shared memory, stream
 ONES = ((1, 1, 1), (1, 1), (1,), ())  # what a grid or block of so many numbers lacks
 WRONG_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: this thread has not met the card yet
 NUM_REMEMBERED = 8
+NUMBERS = (int, float)
 
 
 class Strided:
@@ -38,6 +40,7 @@ class Strided:
         return True
 
 
+Dim: TypeAlias = tuple[int, ...]  # one to three numbers
 Argument: TypeAlias = Tensor | Strided | int | float | None
 
 
@@ -52,19 +55,21 @@ class _Kernel:
     pack: Callable[..., None] | None = None  # fills the memory; known from the first launch on
 
 
+_notes: dict[int, dict[Variant, None]] = {}  # by thread: inside `noted`
 _kernels: dict[int, dict[Variant, _Kernel]] = {}  # by device index
-_recent: deque[tuple[Variant, tuple[int, ...], tuple[int, ...], list[int | float]]] = deque(maxlen=NUM_REMEMBERED)
+_recent: deque[tuple[Variant, Dim, Dim, list[int | float]]] = deque(maxlen=NUM_REMEMBERED)
 
 
-def launch(
-    variant: Variant, grid: tuple[int, ...], block: tuple[int, ...], *args: Argument, shared_bytes: int = 0
-) -> None:
+def launch(variant: Variant, grid: Dim, block: Dim, *args: Argument, shared_bytes: int = 0) -> None:
     """Run a kernel on the current device's current stream; compiles and loads it if that was not done.
 
     grid, block: one to three numbers. args: what the kernel takes, in order; a tensor becomes its pointer (None:
     null), an int 32 bits, a float fp32. shared_bytes: dynamic shared memory of a block.
     Raises ValueError for a tensor that is not contiguous or not on the current device, before it launches.
     """
+    if _notes and (noting := _notes.get(threading.get_ident())) is not None:
+        noting[variant] = None
+        return
     index = torch._C._cuda_getDevice() if _kernels else _current_device()
     try:
         kernel = _kernels[index][variant]
@@ -74,7 +79,7 @@ def launch(
     for arg in args:
         if arg is None:
             values.append(0)
-        elif isinstance(arg, int | float):
+        elif isinstance(arg, NUMBERS):
             values.append(arg)
         elif arg.get_device() == index and arg.is_contiguous():
             values.append(arg.data_ptr())
@@ -84,16 +89,22 @@ def launch(
         _describe(kernel, variant, args)
     _recent.append((variant, grid, block, values))
     with kernel.lock:
-        kernel.pack(  # type: ignore[misc]
-            kernel.memory, 0, *grid, *ONES[len(grid)], *block, *ONES[len(block)],
-            shared_bytes, torch._C._cuda_getCurrentRawStream(index), 0, 0, *values,
-        )  # fmt: skip
-        error = kernel.call()
-        if error == WRONG_CONTEXT:
+        try:
+            kernel.pack(  # type: ignore[misc]
+                kernel.memory, 0, *grid, *ONES[len(grid)], *block, *ONES[len(block)],
+                shared_bytes, torch._C._cuda_getCurrentRawStream(index), 0, 0, *values,
+            )  # fmt: skip
+        except (struct.error, IndexError) as error:
+            what = _call(variant, grid, block, shared_bytes, args)
+            raise ValueError(f"{what}: a number does not fit: {error}") from None
+        code = kernel.call()
+        if code == WRONG_CONTEXT:
             _enter(index)
-            error = kernel.call()
-    if error:
-        raise _failure(error, variant, grid, block, shared_bytes, args)
+            code = kernel.call()
+    if code:
+        raise KernelError(
+            f"{_call(variant, grid, block, shared_bytes, args)}: {_name_of(code)}. {_launched_last()}"
+        )
 
 
 def load(variants: Iterable[Variant]) -> None:
@@ -107,6 +118,22 @@ def load(variants: Iterable[Variant]) -> None:
         pass
     for variant in wanted:
         _load(variant, index)
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[dict[Variant, None]]:
+    """Inside, `launch` on this thread only notes its variant, each once, in order: what a network would need."""
+    thread = threading.get_ident()
+    _notes[thread] = {}
+    try:
+        yield _notes[thread]
+    finally:
+        del _notes[thread]
+
+
+def current_arch() -> str:
+    """The architecture that is compiled for on the current device: "90a"."""
+    return _arch(_current_device())
 
 
 def synchronize() -> None:
@@ -222,20 +249,14 @@ def _wrong_tensor(variant: Variant, args: tuple[Argument, ...], index: int) -> s
     return f"{variant}: a strided argument is not on cuda:{index}"
 
 
-def _failure(
-    code: int,
-    variant: Variant,
-    grid: tuple[int, ...],
-    block: tuple[int, ...],
-    shared_bytes: int,
-    args: tuple[Argument, ...],
-) -> KernelError:
+def _call(variant: Variant, grid: Dim, block: Dim, shared_bytes: int, args: tuple[Argument, ...]) -> str:
+    return f"{variant}, grid {grid}, block {block}, {shared_bytes} bytes shared, arguments {_shown(args)}"
+
+
+def _name_of(code: int) -> str:
     from cuda.bindings import driver
 
-    return KernelError(
-        f"{variant}, grid {grid}, block {block}, {shared_bytes} bytes of dynamic shared memory, "
-        f"arguments {_shown(args)}: {driver.CUresult(code).name}. {_launched_last()}"
-    )
+    return str(driver.CUresult(code).name)
 
 
 def _launched_last() -> str:

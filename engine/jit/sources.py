@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -67,6 +68,15 @@ def source_of(variant: Variant) -> tuple[str, dict[str, str]]:
 @lru_cache(256)
 def _included(text: str) -> tuple[str, ...]:
     return tuple(INCLUDE.findall(text))
+
+
+def kernels_version() -> str:
+    """Changes with any file of kernels_cu: a recipe says by which kernels its picture was made."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in KERNELS.rglob("*") if path.suffix in {".cu", ".cuh"}):
+        digest.update(file.relative_to(KERNELS).as_posix().encode() + b"\0")
+        digest.update(file.read_text("utf-8").encode() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def _header(name: str) -> str | None:
