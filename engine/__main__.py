@@ -14,6 +14,7 @@ import contextlib
 import json
 import math
 import os
+import platform
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from engine import __version__
 from engine.events import (
     Cancelled,
     Event,
@@ -35,7 +37,15 @@ from engine.events import (
     QuantizeProgress,
     StepDone,
 )
-from engine.folders import check_regular, discard_unfinished, named_path
+from engine.folders import (
+    cache,
+    check_regular,
+    discard_unfinished,
+    list_models,
+    named_path,
+    pictures,
+    user_models,
+)
 from engine.problems import EXIT_CODE, Problem, ProblemError, bad_file, bad_request, internal_error
 from engine.requests import (
     BUILT_IN_MODEL,
@@ -53,6 +63,16 @@ if TYPE_CHECKING:
 
 CANCELLED = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+MOST_KEYS_SHOWN = 4  # of one reason; --json has them all
+KIND_WORDS = {
+    "svdquant": "a network in 4 bits",
+    "transformer": "a network in 16 bits",
+    "lora": "a LoRA",
+    "text_encoder": "a text encoder",
+    "vae": "a VAE",
+    "bundle": "a whole model",
+    "unknown": "something else",
+}
 MAX_JOBS = 100_000
 MAX_JOBS_BYTES = 64 * 2**20
 # A job line may say what the flags say, by the same names.
@@ -154,11 +174,12 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 def _recipe_fields(file: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """What a picture tells of its making, `fields` first; its LoRAs are looked for by their bytes."""
     from engine import recipe
-    from engine.pipelines.verify_picture import recipe_fields
 
     path = named_path(file)
     texts = recipe.read_png(path)[1]
     if recipe.JSON_KEY in texts:
+        from engine.pipelines.verify_picture import recipe_fields
+
         return recipe_fields(recipe.recipe_of(texts, path.name), path.name, fields)
     return {**recipe.settings_of(texts, path.name), **fields}
 
@@ -256,6 +277,29 @@ def requests_of(options: argparse.Namespace) -> list[Request]:
             ]
 
 
+def refuse_early(requests: Sequence[Request]) -> None:
+    """Tell a mistake in a name before torch is imported, which takes seconds. Jobs fail one by one, later."""
+    if len(requests) > 1:
+        return
+    match requests[0]:
+        case QuantizeRequest(source, out):
+            from engine.quantizer.result_file import result_file
+
+            result_file(out)
+            _check_there(source)
+        case InspectRequest(file):
+            _check_there(file)
+        case request:
+            from engine.pipelines.wishes import check_wish
+
+            check_wish(request)
+
+
+def _check_there(file: str) -> None:
+    if not named_path(file).exists():
+        raise bad_file(f"There is no file {file!r}.", "Check the name and the folder.")
+
+
 # -------------------------------------------------------------------------------------------- what is told
 
 
@@ -317,20 +361,52 @@ def _human(command: str, result: Mapping[str, Any]) -> Iterator[str]:
                 )
             )
         case "inspect":
-            for key in ("file", "kind", "family", "precision", "ranks", "layers", "usable", "reason", "keys_used"):
-                yield f"{key:12} {result[key]}"
-            for one in result["keys_unused"]:
-                yield f"{'not used':12} {one['key']}: {one['why']}"
+            yield from _human_inspect(result)
         case "doctor":
-            yield f"Processor    {result['cpu']['name']}, {result['cpu']['threads']} threads"
-            for gpu in result["gpus"]:
-                memory = f"{gpu['memory_bytes'] / 2**30:.0f} GB"
-                yield f"Card         {gpu['name']} ({gpu['arch']}), {memory}, driver {gpu['driver']}"
-                yield f"             4-bit files run {gpu['plan_int4']} (int4) and {gpu['plan_nvfp4']} (nvfp4)"
-            for one in result["problems"]:
-                yield f"- {one['what']} {one['todo']}"
+            yield from _human_doctor(result)
         case _:
             yield str(result.get("out", ""))
+
+
+def _human_inspect(result: Mapping[str, Any]) -> Iterator[str]:
+    yield f"File         {result['file']}"
+    family = f" of the family {result['family']}" if result["family"] else ""
+    yield f"Is           {KIND_WORDS[result['kind']]}{family}"
+    if result["precision"]:
+        yield f"Numbers      {result['precision']}"
+    if result["layers"]:
+        ranks = ", ".join(f"rank {rank} in {count}" for rank, count in result["ranks"].items())
+        yield f"Layers       {result['layers']}{f'; {ranks}' if ranks else ''}"
+    yield f"Usable       {'yes' if result['usable'] else 'no'}{': ' if result['reason'] else ''}{result['reason']}"
+    if result["keys_used"]:
+        yield f"Tensors used {result['keys_used']}"
+    reasons: dict[str, list[str]] = {}
+    for one in result["keys_unused"]:
+        reasons.setdefault(one["why"], []).append(one["key"])
+    for why, keys in reasons.items():
+        more = f" and {len(keys) - MOST_KEYS_SHOWN} more" if len(keys) > MOST_KEYS_SHOWN else ""
+        yield f"Not used     {', '.join(keys[:MOST_KEYS_SHOWN])}{more}: {why}"
+
+
+def _human_doctor(result: Mapping[str, Any]) -> Iterator[str]:
+    cpu = result["cpu"]
+    yield f"Tonfa        {__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}"
+    yield f"Processor    {cpu['name']}, {cpu['threads']} threads, {cpu['memory_bytes'] / 2**30:.1f} GB of memory"
+    for gpu in result["gpus"]:
+        free, memory = (f"{gpu[key] / 2**30:.1f}" for key in ("free_bytes", "memory_bytes"))
+        yield f"Card         {gpu['name']} ({gpu['arch']}), {free} of {memory} GB free, driver {gpu['driver']}"
+        yield f"             4-bit files run {gpu['plan_int4']} (int4) and {gpu['plan_nvfp4']} (nvfp4)"
+    if not result["gpus"]:
+        yield "Card         none"
+    for card in list_models():
+        yield f"Model        {card.name} {card.version}: {'cannot be used' if card.problem else card.folder}"
+    yield f"Pictures     {pictures()}"
+    yield f"Your models  {user_models()}"
+    yield f"Caches       {cache()}"
+    for one in result["problems"]:
+        yield f"- {one['what']} {one['todo']}"
+    if not result["problems"]:
+        yield "Nothing is missing."
 
 
 # ------------------------------------------------------------------------------------------------- what is done
@@ -447,6 +523,7 @@ def _main(words: list[str], interrupt: _Interrupt) -> int:
     try:
         options = _parser().parse_args(words)
         requests = requests_of(options)
+        refuse_early(requests)
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch comes; engine/host.py says why
         from engine.session import Engine
 

@@ -144,6 +144,14 @@ def named_path(text: str) -> Path:
     return path
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that is not there, or that takes no file. Raises ProblemError."""
+    if not folder.is_dir():
+        raise bad_request(f"There is no folder {folder}.", "Make the folder, or choose another.")
+    if not os.access(folder, os.W_OK):
+        raise bad_request(f"The folder {folder} cannot be written to.", "Choose another folder.")
+
+
 # ------------------------------------------------------------------------------------------------ small files
 
 
@@ -544,6 +552,17 @@ def list_loras() -> list[LoraCard]:
 
 def find_lora(file: str, card: ModelCard) -> Path:
     """The file of a LoRA a request names: the bundle's own names first, then a path, then the models folders."""
+    found = _known_lora(file, card)
+    if found is not None:
+        return found
+    name, _, strength = file.rpartition(":")
+    if name.strip() and _known_lora(name, card) is not None:
+        raise bad_request(f"{strength!r} is no strength for the LoRA {name}.", f'Write a number: "{name}:0.8".')
+    known = ", ".join(lora.name for lora in card.loras) or "none"
+    raise bad_request(f"There is no LoRA {file!r}.", f"Give a .safetensors file, or one the model brings: {known}.")
+
+
+def _known_lora(file: str, card: ModelCard) -> Path | None:
     for lora in card.loras:
         if file.casefold() in (
             lora.name.casefold(),
@@ -554,8 +573,4 @@ def find_lora(file: str, card: ModelCard) -> Path:
     path = named_path(file)
     if path.is_file():
         return path.absolute()
-    for one in comfy_files("lora"):
-        if file in (one.name, one.stem):
-            return one
-    known = ", ".join(lora.name for lora in card.loras) or "none"
-    raise bad_request(f"There is no LoRA {file!r}.", f"Give a .safetensors file, or one the model brings: {known}.")
+    return next((one for one in comfy_files("lora") if file in (one.name, one.stem)), None)

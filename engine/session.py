@@ -40,9 +40,10 @@ from engine.pipelines.doctor import look_at_machine
 from engine.pipelines.foresight import Transformer, model_sizes, read_transformer
 from engine.pipelines.inspect_file import inspect_file
 from engine.pipelines.loaded_model import LoadedModel, Report
-from engine.pipelines.settle import Settled, check_out, picture_path, settle
+from engine.pipelines.settle import Settled, picture_path, settle
 from engine.pipelines.text_to_image import Drawn, Picture, text_to_image
 from engine.pipelines.verify_picture import Verification, recipe_differences, request_of, verify_pixels
+from engine.pipelines.wishes import check_out
 from engine.problems import Problem, ProblemError, ProblemKind, internal_error, not_enough_memory
 from engine.recipe import Machine, Recipe, UsedFile, UsedLora
 from engine.requests import (
@@ -170,7 +171,7 @@ class Engine:
 
     def _images(self, request: ImageRequest, check: Callable[[], None]) -> Work[dict[str, Any]]:
         started = perf_counter()
-        check_out(request.out, request.count)
+        check_out(request.out)
         job = self._prepared_job(request)
         for notice in job.settled.notices:
             yield Notice(notice)

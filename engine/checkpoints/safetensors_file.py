@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from engine.checkpoints.foreign import START_BYTES, foreign_kind
 from engine.checkpoints.safetensors_header import DTYPES, MAX_HEADER_BYTES, HeaderError, parse_header, shown
 from engine.folders import discard, unfinished
 from engine.problems import Problem, ProblemError, ProblemKind, bad_file, machine_cannot
@@ -163,19 +164,13 @@ def _read_all(file: BinaryIO, into: memoryview) -> bool:
 
 
 def _read_header(file: BinaryIO, path: Path, file_bytes: int) -> bytes:
-    start = bytearray(min(16, file_bytes))
+    start = bytearray(min(START_BYTES, file_bytes))
     _read_all(file, memoryview(start))
     # A header of 1152 bytes begins with a pickle's first two as well: what follows the length tells them apart.
     _refuse_pickle(path, start.startswith(PICKLE_MAGICS) and start[8:9] != b"{")
-    for magic, what in (
-        (b"GGUF", "a GGUF file"),
-        (b"version https://g", "only a pointer to a file kept by Git LFS"),
-        (b"<", "a web page"),
-    ):
-        if start.startswith(magic[:16]):
-            raise bad_file(
-                f"{path.name} is {what}, not a safetensors file.", "Choose a .safetensors file.", str(path)
-            )
+    what = foreign_kind(bytes(start))
+    if what is not None:
+        raise bad_file(f"{path.name} is {what}, not a safetensors file.", "Choose a .safetensors file.", str(path))
     if file_bytes < 10:
         raise damaged(path, f"expected at least 10 bytes, found {file_bytes}")
     (num_bytes,) = struct.unpack("<Q", start[:8])

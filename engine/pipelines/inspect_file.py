@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -10,9 +11,11 @@ from typing import Any, Literal
 
 import torch
 
+from engine import recipe
 from engine.checkpoints.bundle import read_bundle
 from engine.checkpoints.checkpoint import open_checkpoint
-from engine.checkpoints.safetensors_file import SafetensorsFile
+from engine.checkpoints.foreign import START_BYTES, foreign_kind
+from engine.checkpoints.safetensors_file import PICKLE_SUFFIXES, SafetensorsFile
 from engine.checkpoints.svdquant_file import SUFFIXES, check_svdquant_linear, quantized_layers
 from engine.families.flux import check_flux, linears_of, norms_of, read_config, recognise
 from engine.folders import BUNDLE_FILE, list_models
@@ -47,6 +50,9 @@ def inspect_file(path: Path, check: Callable[[], None]) -> dict[str, Any]:
         return asdict(_bundle(path if path.is_dir() else path.parent, check))
     if not path.exists():
         raise bad_file(f"There is no file {path.name}.", "Check the name and the folder.", str(path))
+    foreign = _foreign(path)
+    if foreign:
+        return asdict(_Report(str(path), "unknown", reason=foreign))
     file = open_checkpoint(path)
     check()
     if recognise(file) is not None:
@@ -57,6 +63,21 @@ def inspect_file(path: Path, check: Callable[[], None]) -> dict[str, Any]:
         report = _other(file)
     report.keys_unused = report.keys_unused[:MOST_UNUSED]
     return asdict(report)
+
+
+def _foreign(path: Path) -> str:
+    """What a file of another kind is, in words; "" for what should be a safetensors file."""
+    if path.suffix.lower() in (".safetensors", *PICKLE_SUFFIXES) or not path.is_file():
+        return ""
+    try:
+        with path.open("rb") as file:
+            what = foreign_kind(file.read(START_BYTES))
+    except OSError:
+        return ""  # whoever opens it next says why it cannot be read
+    with contextlib.suppress(ProblemError):
+        if what == "a PNG picture" and recipe.JSON_KEY in recipe.read_png(path)[1]:
+            what = "a picture with its recipe"
+    return f"it is {what}, not a model" if what else ""
 
 
 def _bundle(folder: Path, check: Callable[[], None]) -> _Report:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from engine.problems import bad_request
 from engine.quantizer.calibrate import Amounts
 from engine.quantizer.prompts import find_prompts
 from engine.quantizer.quantize_t5 import is_t5
+from engine.quantizer.result_file import result_file
 from engine.requests import QuantizeRequest
 
 VERSION = 1  # of what a part means; another version starts again
@@ -38,7 +38,7 @@ class Source:
 
 def open_source(request: QuantizeRequest) -> tuple[Source, Path]:
     """The source (of a bundle's folder its network) and the file to write. Raises ProblemError."""
-    out = _checked_out(request.out)
+    out = result_file(request.out)
     path = named_path(request.source)
     folder = path if path.is_dir() else path.parent
     bundle = read_bundle(folder) if (folder / BUNDLE_FILE).is_file() else None
@@ -57,22 +57,6 @@ def open_source(request: QuantizeRequest) -> tuple[Source, Path]:
     if kind is None and request.precision != "int4":
         raise bad_request(f"Text encoders have no {request.precision} form.", "Choose the precision int4.")
     return Source(file, bundle, find_prompts(request.prompts, bundle), kind is None), out
-
-
-def _checked_out(wanted: str) -> Path:
-    out = named_path(wanted)
-    try:
-        if out.suffix != ".safetensors" or "\0" in out.name or out.is_dir():
-            raise bad_request(
-                f"The result cannot be written as {out.name!r}.", "Choose a name that ends in .safetensors."
-            )
-        if not out.parent.is_dir():
-            raise bad_request(f"There is no folder {out.parent}.", "Make the folder, or choose another.")
-        if not os.access(out.parent, os.W_OK):
-            raise bad_request(f"The folder {out.parent} cannot be written to.", "Choose another folder.")
-    except (OSError, ValueError) as error:
-        raise bad_request(f"The result cannot be written: {error}.", "Choose another name for it.") from None
-    return out.absolute()
 
 
 def job_of(request: QuantizeRequest, source: Source, device: Device, amounts: Amounts) -> Mapping[str, Any]:

@@ -170,6 +170,43 @@ def test_a_bad_request_ends_with_two(tonfa, words, said, tmp_path):
     assert list(tmp_path.glob("**/*.png")) == []
 
 
+def test_a_strength_that_is_no_number_is_told_as_that(tonfa):
+    for strength in ("abc", "nan", "0.5x", ""):
+        words = error(
+            tonfa(
+                "generate", "--prompt", "x", "--model", "tiny", "--out", "a.png", "--lora", f"Bold look:{strength}"
+            )
+        )
+        assert f"{strength!r} is no strength for the LoRA Bold look" in words
+
+
+def test_one_size_alone_is_told_as_one(tonfa):
+    words = error(tonfa("generate", "--prompt", "x", "--out", "a.png", "--height", 512))
+    assert words == "Tonfa Mini makes pictures of 256 x 256 pixels only. Leave the height out."
+
+
+def test_a_mistake_in_a_name_is_told_before_torch_is_imported(models, tmp_path):
+    wishes = [
+        ["generate", "--prompt", "x", "--model", "nowhere", "--out", "a.png"],
+        ["generate", "--prompt", "x", "--model", "tiny", "--out", "a.png", "--lora", "nothing"],
+        ["generate", "--prompt", "x", "--model", "tiny", "--out", "a.png", "--width", "4000"],
+        ["generate", "--prompt", "x", "--model", "tiny", "--out", "no/a.png"],
+        ["generate", "--recipe", "no.png", "--out", "a.png"],
+        ["generate", "--jobs", "no.jsonl"],
+        ["inspect", "no.safetensors"],
+        ["quantize", "no.safetensors", "--out", "q.safetensors"],
+        ["quantize", "no.safetensors", "--out", "no/q.safetensors"],
+        ["verify", "no.png"],
+    ]
+    code = (
+        f"import sys; from engine.__main__ import main; codes = [main(words) for words in {wishes!r}]; "
+        "print(codes, 'torch' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(repository())}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout == f"{[2] * len(wishes)} False\n"
+
+
 def test_a_machine_without_the_card_ends_with_three(tonfa, monkeypatch):
     from engine import device
 
@@ -178,13 +215,14 @@ def test_a_machine_without_the_card_ends_with_three(tonfa, monkeypatch):
     assert "No NVIDIA graphics card" in error(tonfa(*words), code=3)
 
 
-def test_a_bug_of_ours_ends_with_one_and_says_so(tonfa, monkeypatch):
+def test_a_bug_of_ours_ends_with_one_and_says_so(tonfa, tmp_path, monkeypatch):
     from engine import session
 
     def broken(path: Path, check: Any) -> None:
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(session, "inspect_file", broken)
+    (tmp_path / "x").write_bytes(b"")
     assert "Something went wrong inside Tonfa" in error(tonfa("inspect", "x"), code=1)
 
 
@@ -388,6 +426,49 @@ def test_verify_answers_by_its_exit_code(tonfa, tmp_path, monkeypatch):
     assert "another Tonfa" in stderr
 
 
+def test_inspect_of_a_file_of_another_kind_says_what_it_is(tonfa, tmp_path, models):
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.jpg")
+    (tmp_path / "notes.txt").write_text("buy milk, für morgen\n" * 100)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\0\0\0" + bytes(100))
+    tonfa("generate", "--prompt", "a fox", "--model", "tiny", "--out", "fox.png", "--steps", 1)
+    for file, what in (
+        ("plain.png", "a PNG picture"),
+        ("photo.jpg", "a JPEG picture"),
+        ("notes.txt", "a text file"),
+        ("model.gguf", "a GGUF file"),
+        ("fox.png", "a picture with its recipe"),
+    ):
+        code, result, _ = tonfa("inspect", file)
+        assert (code, result["kind"], result["usable"]) == (0, "unknown", False)
+        assert result["reason"] == f"it is {what}, not a model"
+    for file in ("page.safetensors", "picture.safetensors"):
+        (tmp_path / file).write_bytes(
+            b"<!DOCTYPE html>" if "page" in file else (tmp_path / "plain.png").read_bytes()
+        )
+    assert "is a web page, not a safetensors file" in error(tonfa("inspect", "page.safetensors"))
+    assert "is a PNG picture, not a safetensors file" in error(tonfa("inspect", "picture.safetensors"))
+    (tmp_path / "old.pt").write_text("text")
+    assert "pickle" in error(tonfa("inspect", "old.pt"))
+
+
+def test_inspect_for_people_says_what_there_is_and_nothing_else(capsys, models, tmp_path):
+    assert main(["inspect", str(models / "tiny-int4" / "transformer.safetensors")]) == 0
+    told = capsys.readouterr().out
+    assert "a network in 4 bits of the family flux" in told
+    assert "rank 32 in 16" in told
+    assert "Usable       yes" in told
+    assert "and 12 more: kept for tools" in told
+    (tmp_path / "notes.txt").write_text("buy milk")
+    assert main(["inspect", "notes.txt"]) == 0
+    told += capsys.readouterr().out
+    assert "no: it is a text file, not a model" in told
+    assert "None" not in told
+    assert "{}" not in told
+
+
 def test_quantize_makes_a_file_that_generate_and_inspect_take(tonfa, models, tmp_path):
     words = ("--out", "q.safetensors", "--rank", 16, "--rounding", "nearest", "--no-smooth")
     code, result, _ = tonfa("quantize", models / "tiny" / "transformer.safetensors", *words)
@@ -431,6 +512,13 @@ def test_doctor_lists_problems_and_ends_well(tonfa, monkeypatch):
     assert result["gpus"] == []
     assert any("No NVIDIA graphics card" in one["what"] for one in result["problems"])
     assert result["cpu"]["threads"] >= 1
+
+
+def test_doctor_for_people_names_the_machine_the_models_and_the_folders(capsys, models, tmp_path):
+    assert main(["doctor"]) == 0
+    told = capsys.readouterr().out
+    for words in (" threads, ", " GB of memory", "Card ", "Tonfa Mini 0.1", "Tiny int4", str(tmp_path / "home")):
+        assert words in told
 
 
 def test_doctor_tells_the_plans_of_a_card(tonfa, monkeypatch):
