@@ -1,0 +1,146 @@
+"""Every kernel compiles for every architecture it runs on, without a card: no spills, within its limits, and with
+the instruction that makes its plan fast.
+
+What was compiled once is kept in .build/kernels; only what a change touches is compiled again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from engine.jit import ARCHITECTURES, Variant, compile, compiled
+from engine.jit.sources import KERNELS
+
+ROOT = Path(__file__).resolve().parents[3]
+KEPT_ENTRIES = 3000
+# The first of each family gets every variant; the others, which have the same instructions and mostly the same
+# machine code, get the first variant of each source.
+FAMILIES = (("75",), ("80", "86", "87"), ("89",), ("90a",), ("100a", "103a", "110a"), ("120a", "121a"))
+WHOLE = {family[0] for family in FAMILIES}
+KIB = 1024
+MOST_SHARED = {  # bytes a block may have
+    "75": 64 * KIB, "80": 163 * KIB, "86": 99 * KIB, "87": 163 * KIB, "89": 99 * KIB, "90a": 227 * KIB,
+    "100a": 227 * KIB, "103a": 227 * KIB, "110a": 227 * KIB, "120a": 99 * KIB, "121a": 99 * KIB,
+}  # fmt: skip
+LIMITS = re.compile(r"^// Limits: *(\d+) registers.*?(\d+) (bytes|KiB)(?: of)? shared memory", re.MULTILINE)
+S4 = {"75": r"IMMA\.8832\.(S4|U4)\.S4"} | dict.fromkeys(("80", "86", "87", "89"), r"IMMA\.16864\.(S4|U4)\.S4")
+PROMISES: dict[str, dict[str, str]] = {  # source: architecture: what its machine code must contain
+    "svdq_linear.w4a4": S4,
+    "svdq_linear.w4a8": dict.fromkeys(("89", "120a", "121a"), r"QMMA\.\S*E4M3\.E4M3"),
+    "svdq_linear.w4a8_sm90": {"90a": r"QGMMA\.\S*E4M3\.E4M3"},
+    "svdq_linear.nvfp4": dict.fromkeys(("120a", "121a"), r"OMMA\.\S*E2M1\.E2M1"),
+    "svdq_linear.w4a16": dict.fromkeys(ARCHITECTURES, r"HMMA\."),
+    "linear_w4a16": dict.fromkeys(ARCHITECTURES, r"HMMA\."),
+    "attention_fp16": dict.fromkeys(ARCHITECTURES, r"HMMA\."),
+}
+SOURCES = sorted(file.name.removesuffix(".cu") for file in KERNELS.glob("*.cu"))
+
+
+def wrapper(source: str) -> ModuleType:
+    return importlib.import_module(f"engine.kernels.{source.partition('.')[0]}")
+
+
+@cache
+def launched(arch: str) -> list[Variant]:
+    """Everything the wrappers can launch on an architecture."""
+    operations = dict.fromkeys(source.partition(".")[0] for source in SOURCES)
+    modules = [wrapper(name) for name in operations if find_spec(f"engine.kernels.{name}")]
+    return list(dict.fromkeys(one for module in modules for one in getattr(module, "variants", nothing)(arch)))
+
+
+def nothing(_: str) -> list[Variant]:
+    return []
+
+
+def chosen(arch: str) -> list[Variant]:
+    variants = launched(arch)
+    if arch in WHOLE:
+        return variants
+    return list({variant.source: variant for variant in reversed(variants)}.values())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kept() -> Iterator[None]:
+    """A cache that outlives the run and does not grow for ever."""
+    folder = ROOT / ".build" / "kernels"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compile, "_folder", folder)
+        yield
+        entries = sorted(folder.glob("*.cubin"), key=lambda entry: entry.stat().st_mtime, reverse=True)
+        for entry in entries[KEPT_ENTRIES:]:
+            entry.unlink(missing_ok=True)
+
+
+def test_every_source_is_launched_somewhere() -> None:
+    assert {variant.source for arch in ARCHITECTURES for variant in launched(arch)} == set(SOURCES)
+
+
+def test_every_promise_is_about_a_source_and_is_kept_where_it_runs() -> None:
+    assert set(PROMISES) <= set(SOURCES)
+    for arch in ARCHITECTURES:
+        sources = {variant.source for variant in launched(arch)}
+        assert {source for source, promised in PROMISES.items() if arch in promised} <= sources, arch
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_source_states_its_limits_and_bounds_its_launch(source: str) -> None:
+    text = (KERNELS / f"{source}.cu").read_text("utf-8")
+    assert LIMITS.search(text), f'{source}.cu lacks a line "// Limits: 128 registers, 0 bytes of shared memory"'
+    assert re.search(r"__launch_bounds__\(", text)
+
+
+@pytest.mark.parametrize(
+    ("arch", "variant"),
+    [pytest.param(arch, variant, id=f"{arch}: {variant}") for arch in ARCHITECTURES for variant in chosen(arch)],
+)
+def test_it_compiles_without_spills_within_its_limits_and_keeps_its_promise(
+    arch: str, variant: Variant, tmp_path: Path
+) -> None:
+    one = compiled(variant, arch)
+    assert one.spilled_bytes == 0, one.log
+    registers, shared, unit = LIMITS.findall((KERNELS / f"{variant.source}.cu").read_text("utf-8"))[0]
+    asked = getattr(wrapper(variant.source), "shared_bytes", lambda _: 0)(variant)
+    assert one.registers <= int(registers)
+    assert one.shared_bytes + asked <= min(int(shared) * (KIB if unit == "KiB" else 1), MOST_SHARED[arch])
+    if promised := PROMISES.get(variant.source, {}).get(arch):
+        assert re.search(promised, disassembled(one.cubin, tmp_path)), f"no {promised}"
+
+
+def disassembled(cubin: bytes, folder: Path) -> str:
+    from cuda import pathfinder
+
+    (folder / "kernel.cubin").write_bytes(cubin)
+    tool = pathfinder.find_nvidia_binary_utility("nvdisasm")
+    assert tool, "pip install -e .[tests] brings nvdisasm"
+    command = [tool, "--print-code", str(folder / "kernel.cubin")]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("arch", ["75", "90a", "120a"])
+def test_a_kernel_that_spills_would_be_seen(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = """extern "C" __global__ void __launch_bounds__(1024) greedy(float* x) {
+        float held[200];
+        for (int i = 0; i < 200; i++) held[i] = x[threadIdx.x + i * 1024];
+        __syncthreads();
+        for (int i = 0; i < 200; i++) x[threadIdx.x + i * 1024] = held[i] * held[199 - i];
+    }"""
+    (tmp_path / "greedy.cu").write_text(text)
+    monkeypatch.setattr("engine.jit.sources.KERNELS", tmp_path)
+    assert compiled(Variant("greedy"), arch).spilled_bytes > 0
+
+
+def test_the_machine_code_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "plain.cu").write_text('extern "C" __global__ void plain(float* x, float s) { x[0] += s; }')
+    monkeypatch.setattr("engine.jit.sources.KERNELS", tmp_path)
+    code = disassembled(compiled(Variant("plain"), "90a").cubin, tmp_path)
+    assert re.search(r"\bFADD\b", code)
+    assert not any(re.search(words, code) for kept in PROMISES.values() for words in kept.values())

@@ -1,0 +1,148 @@
+"""Measure what a launch costs on the CPU, what compiling every kernel costs, and loading them from the cache.
+
+    python tests/measure/launch_time.py
+
+Needs a card. Prints one Markdown table. Launch times are medians over bursts of 200 launches that the card follows
+easily; nothing waits for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from engine.jit import Variant, compiled, current_arch, launch, load, prepare, set_cache_folder, sources
+
+BURST, BURSTS = 200, 100
+EMPTY = 'extern "C" __global__ void {name}({parameters}) {{}}'
+SHAPES = {  # name: tensors, ints, floats
+    "no argument": (0, 0, 0),
+    "4 tensors, 2 ints": (4, 2, 0),
+    "8 tensors, 4 ints, 1 float": (8, 4, 1),
+    "16 tensors, 8 ints, 2 floats": (16, 8, 2),
+}
+BF16 = ("H_BF16", 1)
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    """Median time of one call on the CPU."""
+    times = []
+    for _ in range(BURSTS):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(BURST):
+            call()
+        times.append((time.perf_counter() - began) / BURST)
+    return statistics.median(times[BURSTS // 10 :]) * 1e6
+
+
+def raw(variant: Variant) -> Callable[[], object]:
+    """cuLaunchKernel by ctypes with everything prepared: what no launch from Python gets below."""
+    from cuda.bindings import driver
+
+    _, module = driver.cuModuleLoadData(compiled(variant, current_arch()).cubin)
+    _, function = driver.cuModuleGetFunction(module, variant.entry.encode())
+    library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    stream = torch.cuda.current_stream().cuda_stream
+    ints, pointer = [ctypes.c_uint(1)] * 6 + [ctypes.c_uint(0)], ctypes.c_void_p
+    words = [pointer(int(function)), *ints, pointer(stream), pointer(), pointer()]
+    return lambda: library.cuLaunchKernel(*words)
+
+
+def launches(folder: Path) -> list[tuple[str, float]]:
+    sources.KERNELS = folder
+    x, rows = torch.zeros(16, device="cuda"), []
+    rows.append(("torch: `x.add_(1)`", microseconds(lambda: x.add_(1))))
+    rows.append(("torch: `torch.empty` of a small tensor", microseconds(lambda: torch.empty(16, device="cuda"))))
+    for number, (what, (tensors, ints, floats)) in enumerate(SHAPES.items()):
+        kinds = ["float* p"] * tensors + ["int i"] * ints + ["float f"] * floats
+        name = f"empty{number}"
+        parameters = ", ".join(f"{kind}{place}" for place, kind in enumerate(kinds))
+        (folder / f"{name}.cu").write_text(EMPTY.format(name=name, parameters=parameters))
+        variant, args = Variant(name, (("TILE", 128), BF16)), [x] * tensors + [1] * ints + [0.5] * floats
+        if not number:
+            rows.append(("ctypes: an empty kernel, all prepared", microseconds(raw(variant))))
+
+        def call(variant: Variant = variant, args: list[torch.Tensor | int | float] = args) -> None:
+            launch(variant, (1, 1), (32,), *args)
+
+        call()
+        rows.append((f"`launch`: {what}", microseconds(call)))
+    return rows
+
+
+def all_variants(arch: str) -> list[Variant]:
+    """What the wrappers can launch on an architecture, with the h that a card of it uses."""
+    operations = sorted({file.name.split(".")[0] for file in sources.KERNELS.glob("*.cu")})
+    found = [
+        variant
+        for operation in operations
+        for variant in importlib.import_module(f"engine.kernels.{operation}").variants(arch)
+    ]
+    unwanted = ("H_BF16", 0 if arch != "75" else 1)
+    return [variant for variant in dict.fromkeys(found) if unwanted not in variant.defines]
+
+
+def cached_start(folder: str) -> None:
+    """In a process of its own: print seconds for reading, checking and loading what the cache has."""
+    set_cache_folder(folder)
+    torch.zeros(1, device="cuda")
+    torch.cuda.synchronize()
+    variants = all_variants(current_arch())
+    began = time.perf_counter()
+    load(variants)
+    print(len(variants), time.perf_counter() - began)
+
+
+def compilations(folder: str) -> list[tuple[str, str]]:
+    set_cache_folder(folder)
+    arch = current_arch()
+    variants = all_variants(arch)
+    began = time.perf_counter()
+    for _ in prepare(variants, arch):
+        pass
+    elapsed = time.perf_counter() - began
+    rows = [(f"compile {len(variants)} kernels for sm_{arch}, {os.cpu_count()} cores", f"{elapsed:.2f} s")]
+    loads = []
+    for _ in range(3):
+        command = [sys.executable, __file__, "--cached-start", folder]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        loads.append(float(said[1]))
+    mean = statistics.median(loads)
+    rows.append((f"load {said[0]} kernels from the cache, a process of its own", f"{mean * 1e3:.0f} ms"))
+    rows.append(("the same for 24 kernels", f"{mean * 1e3 * 24 / int(said[0]):.0f} ms"))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--cached-start", metavar="FOLDER", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.cached_start:
+        cached_start(arguments.cached_start)
+        return
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {sys.version.split()[0]}\n")
+    print("| what | time |\n|---|---|")
+    kernels = sources.KERNELS
+    with tempfile.TemporaryDirectory() as folder:
+        set_cache_folder(f"{folder}/cache")
+        for what, time_us in launches(Path(folder)):
+            print(f"| {what} | {time_us:.2f} us |")
+        sources.KERNELS = kernels
+        for what, words in compilations(f"{folder}/cache"):
+            print(f"| {what} | {words} |")
+
+
+if __name__ == "__main__":
+    main()
