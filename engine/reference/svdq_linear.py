@@ -27,12 +27,18 @@ numerics = "public" (w4a4 only; the public engine has nothing else) rounds on th
                    acc = h(wt sum ...), accumulated in fp32
     both           y = h( h(wc acc + b) + h(x D) U^T )
 
+`svdq_linear` starts from x. `svdq_linear_quantized` is what a kernel does: it starts from a `QuantizedAct`, may
+carry LoRAs and ends in an epilogue. There the low-rank part is h(sigma L) U^T, L = x D in fp32 and sigma one scale
+per 16 ranks; ranks whose sigma is 0 are left out. What a kernel of w4a16 multiplies is 16-bit on both sides:
+
+    w4a16          y = wc wt sum_k h(x_k / c_k) h(ws q(w_k)) + b' + h(sigma L) U^T;  h(ws q(w)) is exact for nvfp4
+
 Sources: the public engine's code; "SVDQuant" (Li et al. 2024) for the decomposition.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -40,17 +46,29 @@ from torch import Tensor
 
 from engine.reference.e2m1 import decode_e2m1
 from engine.reference.quantize_act import (
+    HALF_TYPES as HALF_TYPES,
+)
+from engine.reference.quantize_act import (
+    RANK_SLICE,
+    ActFormat,
+    ActTarget,
     Numerics,
+    QuantizedAct,
+    dequantize,
+    pack_nibbles,
     project_down,
     quantize_act_e4m3,
     quantize_act_int4,
     quantize_act_nvfp4,
+    smooth,
 )
 
 Precision = Literal["int4", "nvfp4"]
 LinearPlan = Literal["w4a4", "w4a8", "w4a16"]
 GROUP_SIZE: dict[Precision, int] = {"int4": 64, "nvfp4": 16}
-HALF_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+RMS_EPS = 1e-6
+FP16_MAX = 65504.0
+LOW_FRACTION = 28  # fractional bits of low-rank activations that a GEMM's epilogue added up as integers
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,6 +191,183 @@ def svdq_linear(x: Tensor, weights: SVDQuantWeights, plan: LinearPlan, numerics:
     y = _dequantized_input(x, weights, plan) @ weights.residual().T
     bias = weights.unshifted_bias() if plan == "w4a8" else weights.bias
     return ((y if bias is None else y + bias.float()) + low_rank).to(x.dtype)
+
+
+def act_format(weights: SVDQuantWeights, plan: LinearPlan) -> ActFormat:
+    """What the input of a linear must be under a plan."""
+    if plan != "w4a4":
+        return "e4m3" if plan == "w4a8" else "half"
+    if weights.precision == "nvfp4":
+        return "nvfp4"
+    return "uint4" if weights.input_shift else "int4"
+
+
+@dataclass(frozen=True, eq=False)
+class Plain:
+    """The result as it is. out: (M, N) h to write to, rows may stand further apart; None: a new tensor."""
+
+    out: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Gelu:
+    """GELU (tanh form) of the result. out as in `Plain`."""
+
+    out: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class QKNormRope:
+    """N = 3 C, rows q | k | v of heads of 128: q and k are RMS-normalized, then turned by the tokens' angles.
+
+    out as in `Plain`: text and image write their rows into one tensor.
+    """
+
+    norm_q: Tensor  # (128,) fp32
+    norm_k: Tensor  # (128,) fp32
+    cos: Tensor  # (M, 64) fp32, of the rows of this call
+    sin: Tensor
+    out: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class GateResidual:
+    """residual + gate * result; fp16 stays within +-65504. out may be the residual itself; None: a new tensor."""
+
+    gate: Tensor  # (N,) h or fp32
+    residual: Tensor  # (M, N) h, rows may stand further apart
+    out: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class GeluQuantize:
+    """GELU of the result, rounded to h; then what `quantize_act` does for the next linear.
+
+    "e4m3" needs a scale before any row is complete: row_slope * (this linear's own row scale) + row_offset, where
+    the row scale counts as 1 if its input has none. `low` comes back as int64 with LOW_FRACTION fractional bits.
+    """
+
+    target: ActTarget
+    row_slope: float = 0.0
+    row_offset: float = 1.0
+
+
+Epilogue = Plain | Gelu | QKNormRope | GateResidual | GeluQuantize
+
+
+def svdq_linear_quantized(
+    act: QuantizedAct,
+    weights: SVDQuantWeights,
+    plan: LinearPlan,
+    epilogue: Epilogue,
+    *,
+    dtype: torch.dtype,
+    rank_scales: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor | QuantizedAct:
+    """act: (M, K) in the plan's format. Returns (M, N) h = dtype, or the next linear's input after GeluQuantize.
+
+    rank_scales: (R/16,) fp32, 1 where None. bias: (N,) fp32 in the place of the weights' own.
+    Raises ValueError for an input of another width, format or rank.
+    """
+    check_act(act, weights.in_features, weights.rank, act_format(weights, plan))
+    residual = weights.residual()
+    if plan == "w4a16":
+        residual = _rounded_residual(weights, dtype)
+    y = dequantize(act) @ residual.T
+    if bias is None:
+        bias = weights.bias if plan == "w4a4" else weights.unshifted_bias()
+    y = y if bias is None else y + bias.float()
+    if act.low is not None:
+        y = y + _scaled_low(act.low, rank_scales, dtype) @ weights.proj_up.to(dtype).float().T
+    return finish(y, act, epilogue, dtype)
+
+
+def check_act(act: QuantizedAct, in_features: int, rank: int, wanted: ActFormat) -> None:
+    """Raises ValueError, naming the numbers, for an input that a linear cannot take."""
+    if act.format != wanted or act.in_features != in_features:
+        raise ValueError(
+            f'svdq_linear: takes "{wanted}" of width {in_features}, got "{act.format}" of width {act.in_features}'
+        )
+    found = 0 if act.low is None else act.low.shape[1]
+    if found != rank:
+        raise ValueError(f"svdq_linear: a linear of rank {rank} takes low of that width, got {found}")
+
+
+def finish(y: Tensor, act: QuantizedAct, epilogue: Epilogue, dtype: torch.dtype) -> Tensor | QuantizedAct:
+    """y: (M, N) fp32, before any rounding, of the input `act`. What a linear makes of it."""
+    match epilogue:
+        case Plain(out):
+            return _written(y.to(dtype), out)
+        case Gelu(out):
+            return _written(gelu(y).to(dtype), out)
+        case QKNormRope(norm_q, norm_k, cos, sin, out):
+            return _written(_normed_and_turned(y, norm_q, norm_k, cos, sin).to(dtype), out)
+        case GateResidual(gate, stream, out):
+            y = stream.float() + gate.float() * y
+            return _written((y.clamp(-FP16_MAX, FP16_MAX) if dtype == torch.float16 else y).to(dtype), out)
+        case GeluQuantize(target, slope, offset):
+            return _quantize_next(gelu(y).to(dtype), act, target, slope, offset)
+
+
+def gelu(y: Tensor) -> Tensor:
+    """y / 2 (1 + tanh(sqrt(2 / pi) (y + 0.044715 y^3))), fp32."""
+    return torch.nn.functional.gelu(y, approximate="tanh")
+
+
+def _written(y: Tensor, out: Tensor | None) -> Tensor:
+    return y if out is None else out.copy_(y)
+
+
+def _rounded_residual(weights: SVDQuantWeights, dtype: torch.dtype) -> Tensor:
+    """(N, K) fp32: h(ws q(w)), what w4a16 multiplies by; the outer scales are multiplied later, in fp32."""
+    inner = replace(weights, wtscale=None, wcscales=None).residual().to(dtype).float()
+    if weights.wtscale is not None:
+        inner = inner * weights.wtscale.float()
+    return inner if weights.wcscales is None else inner * weights.wcscales.float().unsqueeze(-1)
+
+
+def _scaled_low(low: Tensor, rank_scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(M, R) fp32: h(low * scale), and 0 where the scale is 0, whatever low is."""
+    low = low.float() * 2.0**-LOW_FRACTION if low.dtype == torch.int64 else low
+    if rank_scales is None:
+        return low.to(dtype).float()
+    scales = rank_scales.repeat_interleave(RANK_SLICE)
+    return torch.where(scales == 0, 0.0, low * scales).to(dtype).float()
+
+
+def _normed_and_turned(y: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    m, n = y.shape
+    heads = y.view(m, 3, -1, norm_q.shape[0])  # (M, 3, H, D)
+    weight = torch.stack([norm_q, norm_k]).float().unsqueeze(1)  # (2, 1, D)
+    scale = (heads[:, :2].square().mean(dim=-1, keepdim=True) + RMS_EPS).rsqrt()
+    even, odd = (heads[:, :2] * scale * weight).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None, None], sin[:, None, None]
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+    return torch.cat([turned, heads[:, 2:]], dim=1).view(m, n)
+
+
+def _quantize_next(x: Tensor, act: QuantizedAct, target: ActTarget, slope: float, offset: float) -> QuantizedAct:
+    """`quantize_act` of x (M, N) h, but e4m3's scales are fixed beforehand and low is added up as integers."""
+    scales: Tensor | None
+    match target.format:
+        case "int4" | "uint4":
+            shift = target.shift if target.format == "uint4" else None
+            codes, scales = quantize_act_int4(x, target.smooth_factor, unsigned_shift=shift)
+            codes, scales = pack_nibbles(codes), scales.T.contiguous()
+        case "nvfp4":
+            codes, scales = quantize_act_nvfp4(x, target.smooth_factor)
+            codes, scales = pack_nibbles(codes), scales.view(torch.uint8)
+        case "half":
+            codes, scales = smooth(x, target.smooth_factor).to(x.dtype), None
+        case "e4m3":
+            own = act.scales if act.format == "e4m3" and act.scales is not None else x.new_ones(x.shape[0]).float()
+            codes, scales = quantize_act_e4m3(x, target.smooth_factor, scale=own * slope + offset)
+            codes = codes.view(torch.uint8)
+    if not target.rank:
+        return QuantizedAct(target.format, codes, scales, None)
+    low = (project_down(x, target.proj_down).double() * 2.0**LOW_FRACTION).round().long()
+    return QuantizedAct(target.format, codes, scales, low)
 
 
 def _dequantized_input(x: Tensor, weights: SVDQuantWeights, plan: LinearPlan) -> Tensor:

@@ -1,0 +1,405 @@
+"""svdq_linear: a quantized linear with its low-rank branches and what follows it, in one kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from engine.jit import ARCHITECTURES, Strided, Variant, launch
+from engine.kernels import _arrange, _arrange_nvfp4, _arrange_w4a8
+from engine.reference import svdq_linear as reference
+from engine.reference.quantize_act import NIBBLE_FORMATS, RANK_SLICE, ActFormat, ActTarget, QuantizedAct
+from engine.reference.svdq_linear import (
+    Epilogue,
+    GateResidual,
+    Gelu,
+    GeluQuantize,
+    LinearPlan,
+    Plain,
+    Precision,
+    QKNormRope,
+    SVDQuantWeights,
+    act_format,
+    check_act,
+)
+
+BLOCK_ROWS = TILE_COLUMNS = HEAD_DIM = 128
+THREADS = 128
+MAX_RANK = 1024
+# As the .cu files number them.
+EPILOGUES: dict[type[Epilogue], int] = {Plain: 0, QKNormRope: 1, GateResidual: 2, GeluQuantize: 3, Gelu: 4}
+FORMATS: dict[ActFormat, int] = {"int4": 0, "uint4": 1, "e4m3": 2, "nvfp4": 3, "half": 4}
+WEIGHTS: dict[Precision, int] = {"int4": 0, "nvfp4": 1}
+# Where each source has instructions of its own or runs right all the same.
+E4M3_ARCHITECTURES = ("89", "90a", "120a", "121a")
+ARCHITECTURES_OF = {
+    "svdq_linear.w4a4": ("75", "80", "86", "87", "89", "90a"),
+    "svdq_linear.w4a8": E4M3_ARCHITECTURES,
+    "svdq_linear.w4a8_sm90": ("90a",),
+    "svdq_linear.nvfp4": ("120a", "121a"),
+    "svdq_linear.w4a16": ARCHITECTURES,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class ArrangedLinear:
+    """A linear as its kernel reads it. Made by `arrange`, or by `with_branches` from another.
+
+    N out, K in channels, R rank, h = dtype. On a CPU `weights` is all there is; on a card there are the others.
+    A LoRA's bias and a live strength come by dataclasses.replace(linear, bias=..., rank_scales=...).
+    """
+
+    plan: LinearPlan
+    precision: Precision
+    format: ActFormat  # of its input
+    dtype: torch.dtype
+    in_features: int
+    out_features: int
+    rank: int
+    rank_scales: Tensor  # (R/16,) fp32: strength of each 16 ranks, read when the kernel runs; 0 leaves them out
+    bias: Tensor | None  # (N,) fp32, the one for this plan
+    weights: SVDQuantWeights | None = None  # logical, for the reference
+    source: str = ""
+    defines: tuple[tuple[str, int], ...] = ()
+    qweight: Tensor | None = None  # records of codes and group scales, uint8
+    outer: Tensor | None = None  # (N to 128,) fp32, one more scale per out channel
+    proj_up: Tensor | None = None  # (N/128, R/16, 8, 32, 8) h
+
+    @property
+    def num_bytes(self) -> int:
+        """What the linear takes on its device."""
+        tensors = (self.rank_scales, self.bias, self.qweight, self.outer, self.proj_up)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def source_of(plan: LinearPlan, precision: Precision, arch: str) -> str:
+    """Which source runs a plan on an architecture ("89", "90a"). Raises ValueError where none can."""
+    if plan == "w4a16":
+        return "svdq_linear.w4a16"
+    if plan == "w4a8":
+        source = "svdq_linear.w4a8_sm90" if arch == "90a" else "svdq_linear.w4a8"
+    else:
+        source = "svdq_linear.w4a4" if precision == "int4" else "svdq_linear.nvfp4"
+    if arch not in ARCHITECTURES_OF[source] or (plan, precision) == ("w4a8", "nvfp4"):
+        raise ValueError(f"svdq_linear: {plan} of {precision} has no kernel for sm_{arch}")
+    return source
+
+
+def arrange(
+    weights: SVDQuantWeights, plan: LinearPlan, dtype: torch.dtype, arch: str | None, source: str | None = None
+) -> ArrangedLinear:
+    """Bring weights into the order that a plan's kernel reads, on the device they are on.
+
+    dtype: the network's h. arch: of the card, None for the CPU's reference. source: another kernel of the same
+    plan, to compare. Raises ValueError where plan and weights do not fit each other, the card or the kernel.
+    """
+    n, k, rank = weights.out_features, weights.in_features, weights.rank
+    if rank % RANK_SLICE or rank > MAX_RANK or n % 8 or k % 64:
+        raise ValueError(
+            f"svdq_linear: N must be a multiple of 8, K of 64, rank of {RANK_SLICE} up to {MAX_RANK}; "
+            f"got N {n}, K {k}, rank {rank}"
+        )
+    bias = weights.bias if plan == "w4a4" else weights.unshifted_bias()
+    linear = ArrangedLinear(
+        plan=plan,
+        precision=weights.precision,
+        format=act_format(weights, plan),
+        dtype=dtype,
+        in_features=k,
+        out_features=n,
+        rank=rank,
+        rank_scales=torch.ones(rank // RANK_SLICE, device=weights.codes.device),
+        bias=None if bias is None else bias.float(),
+    )
+    if arch is None:
+        return replace(linear, weights=weights)
+    if dtype not in (torch.bfloat16, torch.float16) or (arch == "75" and dtype != torch.float16):
+        raise ValueError(f"svdq_linear: sm_{arch} has no kernel for {dtype}")
+    source = source or source_of(plan, weights.precision, arch)
+    qweight, outer, defines = _pack(source, weights, dtype)
+    return replace(
+        linear,
+        source=source,
+        defines=defines,
+        qweight=qweight,
+        outer=outer,
+        proj_up=_arrange.pack_proj_up(weights.proj_up, dtype) if rank else None,
+    )
+
+
+def with_branches(linear: ArrangedLinear, proj_up: Tensor, rank_scales: Tensor) -> ArrangedLinear:
+    """The same linear with LoRAs behind its own ranks; the tensors of the base are shared, not copied, but proj_up.
+
+    proj_up: (N, R') of the LoRAs alone, R' a multiple of 16; rank_scales: ((R + R') / 16,) fp32 for all.
+    """
+    extra, rank = proj_up.shape[-1], linear.rank + proj_up.shape[-1]
+    if proj_up.ndim != 2 or proj_up.shape[0] != linear.out_features or extra % RANK_SLICE or rank > MAX_RANK:
+        raise ValueError(
+            f"svdq_linear: branches of {linear.out_features} rows and rank {linear.rank} must be (N, R), "
+            f"R a multiple of {RANK_SLICE}, {MAX_RANK} in all; got {tuple(proj_up.shape)}"
+        )
+    if tuple(rank_scales.shape) != (rank // RANK_SLICE,) or rank_scales.dtype != torch.float32:
+        raise ValueError(
+            f"svdq_linear: rank {rank} takes ({rank // RANK_SLICE},) scales of fp32, "
+            f"got {tuple(rank_scales.shape)} {rank_scales.dtype}"
+        )
+    linear = replace(linear, rank=rank, rank_scales=rank_scales)
+    if linear.weights is not None:
+        old = linear.weights
+        down = torch.cat([old.proj_down, old.proj_down.new_zeros(linear.in_features, extra)], dim=1)  # not read
+        up = torch.cat([old.proj_up, proj_up.to(old.proj_up.dtype)], dim=1)
+        return replace(linear, weights=replace(old, proj_down=down, proj_up=up))
+    if not extra:
+        return linear
+    packed = _arrange.pack_proj_up(proj_up, linear.dtype)
+    return replace(linear, proj_up=packed if linear.proj_up is None else torch.cat([linear.proj_up, packed], dim=1))
+
+
+def svdq_linear(act: QuantizedAct, linear: ArrangedLinear, epilogue: Epilogue) -> Tensor | QuantizedAct:
+    """act: (M, K) in linear.format. Returns (M, N) h; after GeluQuantize the next linear's `QuantizedAct`.
+
+    The low-rank activations' rows may stand apart, so may those of `out` and `residual`; both may be one tensor.
+    CPU tensors go to the reference, so every model also runs, slowly, without a GPU.
+    Raises ValueError, before anything is launched, for what does not fit together.
+    """
+    check_act(act, linear.in_features, linear.rank, linear.format)
+    if tuple(linear.rank_scales.shape) != (linear.rank // RANK_SLICE,):
+        raise ValueError(
+            f"svdq_linear: rank {linear.rank} takes {linear.rank // RANK_SLICE} scales, "
+            f"got {tuple(linear.rank_scales.shape)}"
+        )
+    if linear.weights is not None:
+        return reference.svdq_linear_quantized(
+            act,
+            linear.weights,
+            linear.plan,
+            epilogue,
+            dtype=linear.dtype,
+            rank_scales=linear.rank_scales,
+            bias=linear.bias,
+        )
+    m, n = act.num_tokens, linear.out_features
+    low_fixed = int(act.low is not None and act.low.dtype == torch.int64)
+    result, out_format, arguments = _finish(act, linear, epilogue)
+    variant = _variant(
+        linear.source, linear.defines, linear.dtype, EPILOGUES[type(epilogue)], low_fixed, out_format
+    )
+    low = act.low
+    if low is not None and (low.stride(1) != 1 or low.stride(0) % 4):
+        raise ValueError(f"svdq_linear: columns of low must be neighbours, got strides {low.stride()}")
+    if not m:
+        return result
+    grid, threads, shared_bytes = _geometry(linear, m, n)
+    launch(
+        variant,
+        grid,
+        (threads,),
+        act.codes,
+        act.scales,
+        linear.qweight,
+        linear.outer,
+        linear.in_features,
+        linear.bias,
+        None if low is None else Strided(low),
+        linear.proj_up,
+        linear.rank_scales,
+        0 if low is None else low.stride(0),
+        linear.rank,
+        m,
+        n,
+        *arguments,
+        shared_bytes=shared_bytes,
+    )
+    return result
+
+
+def variants(arch: str) -> list[Variant]:
+    """What can be launched on an architecture: every plan it has, every epilogue a model uses behind it."""
+    dtypes = [torch.float16] if arch == "75" else [torch.bfloat16, torch.float16]
+    found: list[Variant] = []
+    for source, architectures in ARCHITECTURES_OF.items():
+        if arch not in architectures:
+            continue
+        for defines in _DEFINES[source]:
+            unsigned = dict(defines).get("ACT_UNSIGNED", 0)
+            next_format = FORMATS[_NEXT_FORMAT[source]]
+            for dtype in dtypes:
+                # (epilogue, low as fixed point): qkv, out and fc2 by either road, fc1
+                ends = [(0, 0), (2, 0), (2, 1)] if unsigned else [(0, 0), (1, 0), (2, 0), (2, 1), (3, 0), (4, 0)]
+                found += [
+                    _variant(source, defines, dtype, end, fixed, next_format if end == 3 else -1)
+                    for end, fixed in ends
+                ]
+    return found
+
+
+_DEFINES: dict[str, list[tuple[tuple[str, int], ...]]] = {
+    "svdq_linear.w4a4": [(("ACT_UNSIGNED", 0),), (("ACT_UNSIGNED", 1),)],
+    "svdq_linear.w4a8": [(("SCALE_TYPE", 1),)],
+    "svdq_linear.w4a8_sm90": [(("SCALE_TYPE", 1),)],
+    "svdq_linear.nvfp4": [()],
+    "svdq_linear.w4a16": [(("WEIGHTS", 0),), (("WEIGHTS", 1),)],
+}
+_NEXT_FORMAT: dict[str, ActFormat] = {
+    "svdq_linear.w4a4": "uint4",
+    "svdq_linear.w4a8": "e4m3",
+    "svdq_linear.w4a8_sm90": "e4m3",
+    "svdq_linear.nvfp4": "nvfp4",
+    "svdq_linear.w4a16": "half",
+}
+
+
+@cache
+def _variant(
+    source: str, defines: tuple[tuple[str, int], ...], dtype: torch.dtype, epilogue: int, fixed: int, format: int
+) -> Variant:
+    """format: of the codes that GELU_QUANTIZE writes, -1 for the other ends."""
+    choices = [("H_BF16", int(dtype == torch.bfloat16)), ("EPILOGUE", epilogue), ("LOW_FIXED", fixed)]
+    if format >= 0:
+        choices.append(("OUT_FORMAT", format))
+    return Variant(source, (*choices, *defines))
+
+
+def _pack(
+    source: str, weights: SVDQuantWeights, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, tuple[tuple[str, int], ...]]:
+    """qweight, outer, and the defines that these weights ask for."""
+    match source:
+        case "svdq_linear.w4a4":
+            if weights.precision != "int4":
+                raise ValueError(f"svdq_linear.w4a4 takes int4 weights, got {weights.precision}")
+            return *_arrange.pack_w4a4(weights, dtype), (("ACT_UNSIGNED", int(weights.input_shift != 0)),)
+        case "svdq_linear.w4a16":
+            return *_arrange.pack_w4a16(weights, dtype), (("WEIGHTS", WEIGHTS[weights.precision]),)
+        case "svdq_linear.nvfp4":
+            packed = _arrange_nvfp4.pack_nvfp4(weights)
+            return packed["qweight"], packed["outer"], ()
+        case "svdq_linear.w4a8" | "svdq_linear.w4a8_sm90":
+            pack = _arrange_w4a8.pack_w4a8 if source == "svdq_linear.w4a8" else _arrange_w4a8.pack_w4a8_sm90
+            packed = pack(weights)
+            return packed["qweight"], packed["outer"], (("SCALE_TYPE", _arrange_w4a8.scale_type(weights)),)
+    raise ValueError(f"svdq_linear: there is no source {source!r}")
+
+
+def _geometry(linear: ArrangedLinear, m: int, n: int) -> tuple[tuple[int, ...], int, int]:
+    """Grid, threads of a block, bytes of dynamic shared memory."""
+    rows, columns = -(-m // BLOCK_ROWS), -(-n // TILE_COLUMNS)
+    match linear.source:
+        case "svdq_linear.w4a8_sm90":
+            scale_type = linear.defines[0][1]
+            blocks = min(rows * columns, _multiprocessors(linear.rank_scales.get_device()))
+            return (blocks,), 384, _arrange_w4a8.sm90_shared_bytes(scale_type)
+        case "svdq_linear.w4a8":
+            return (rows, columns), THREADS, _arrange_w4a8.w4a8_shared_bytes(linear.defines[0][1])
+        case "svdq_linear.nvfp4":
+            return (rows, columns), THREADS, _arrange_nvfp4.nvfp4_shared_bytes()
+    return (rows, columns), THREADS, 0
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+def _finish(
+    act: QuantizedAct, linear: ArrangedLinear, epilogue: Epilogue
+) -> tuple[Tensor | QuantizedAct, int, tuple[Tensor | Strided | int | float | None, ...]]:
+    """What is returned, the format it is quantized to (-1: none), and the epilogue's own kernel arguments."""
+    m, n = act.num_tokens, linear.out_features
+    if isinstance(epilogue, GeluQuantize):
+        made, arguments = _finish_quantized(act, linear, epilogue)
+        return made, FORMATS[epilogue.target.format], arguments
+    if epilogue.out is None:
+        out = torch.empty(m, n, dtype=linear.dtype, device=act.codes.device)
+    else:
+        out = epilogue.out
+        _check_rows("out", out, m, linear)
+    place = (Strided(out), out.stride(0))
+    if isinstance(epilogue, QKNormRope):
+        if n % (3 * HEAD_DIM):
+            raise ValueError(f"svdq_linear: q, k and v of heads of {HEAD_DIM} have no place in {n} rows")
+        for name, tensor, shape in (
+            ("norm_q", epilogue.norm_q, (HEAD_DIM,)),
+            ("norm_k", epilogue.norm_k, (HEAD_DIM,)),
+            ("cos", epilogue.cos, (m, HEAD_DIM // 2)),
+            ("sin", epilogue.sin, (m, HEAD_DIM // 2)),
+        ):
+            if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+                raise ValueError(
+                    f"svdq_linear: {name} must be {shape} fp32, got {tuple(tensor.shape)} {tensor.dtype}"
+                )
+        return out, -1, (*place, epilogue.norm_q, epilogue.norm_k, epilogue.cos, epilogue.sin)
+    if isinstance(epilogue, GateResidual):
+        gate, residual = epilogue.gate, epilogue.residual
+        _check_rows("residual", residual, m, linear)
+        if tuple(gate.shape) != (n,) or gate.dtype not in (torch.float32, linear.dtype):
+            raise ValueError(
+                f"svdq_linear: gate must be ({n},) fp32 or {linear.dtype}, got {tuple(gate.shape)} {gate.dtype}"
+            )
+        is_float = int(gate.dtype == torch.float32)
+        return out, -1, (*place, Strided(residual), gate, residual.stride(0), is_float)
+    return out, -1, place
+
+
+def _check_rows(name: str, rows: Tensor, m: int, linear: ArrangedLinear) -> None:
+    """A matrix that the kernel reads or writes 16 bytes at a time."""
+    shape = (m, linear.out_features)
+    if (
+        tuple(rows.shape) != shape
+        or rows.dtype != linear.dtype
+        or rows.stride(1) != 1
+        or rows.stride(0) % 8
+        or rows.data_ptr() % 16
+    ):
+        raise ValueError(
+            f"svdq_linear: {name} must be {shape} {linear.dtype}, its rows contiguous from multiples of 16 bytes on; "
+            f"got {tuple(rows.shape)} {rows.dtype} with strides {rows.stride()}"
+        )
+
+
+def _finish_quantized(
+    act: QuantizedAct, linear: ArrangedLinear, epilogue: GeluQuantize
+) -> tuple[QuantizedAct, tuple[Tensor | Strided | int | float | None, ...]]:
+    target, m, n, device = epilogue.target, act.num_tokens, linear.out_features, act.codes.device
+    if target.in_features != n or target.inverse_smooth is None or target.packed_down is None:
+        raise ValueError(
+            f"svdq_linear: the next linear's target must be an arranged one of width {n}, "
+            f"got width {target.in_features}{'' if target.packed_down is not None else ', not arranged'}"
+        )
+    if target.proj_down.dtype != linear.dtype:
+        raise ValueError(f"svdq_linear: the next proj_down must be {linear.dtype}, got {target.proj_down.dtype}")
+    codes, scales = _empty_codes(target, m, linear.dtype, device)
+    low = torch.zeros(m, target.rank, dtype=torch.int64, device=device) if target.rank else None
+    row_scales = act.scales if act.format == "e4m3" and target.format == "e4m3" else None
+    arguments = (
+        codes,
+        scales,
+        target.smooth_factor,
+        target.inverse_smooth,
+        target.packed_down,
+        target.rank_scales,
+        low,
+        row_scales,
+        target.rank,
+        float(target.shift),
+        float(epilogue.row_slope),
+        float(epilogue.row_offset),
+    )
+    return QuantizedAct(target.format, codes, scales, low), arguments
+
+
+def _empty_codes(
+    target: ActTarget, m: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    n, format = target.in_features, target.format
+    if format == "half":
+        return torch.empty(m, n, dtype=dtype, device=device), None
+    codes = torch.empty(m, n // 2 if format in NIBBLE_FORMATS else n, dtype=torch.uint8, device=device)
+    if format == "nvfp4":
+        return codes, torch.empty(m, n // 16, dtype=torch.uint8, device=device)
+    shape = (m,) if format == "e4m3" else (n // 64, m)
+    return codes, torch.empty(shape, dtype=torch.float32, device=device)

@@ -1,0 +1,21 @@
+// e4m3 and e2m1 from fp32: nearest, ties to even, saturating. Native from sm_89 (e4m3) and sm_100 (e2m1), else in software.
+#pragma once
+
+#include <cuda_fp4.h>
+#include <cuda_fp8.h>
+
+#include "common/codes.cuh"
+
+// Two codes, the first in the low byte.
+__device__ __forceinline__ u32 e4m3_pair(float low, float high) {
+  return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E4M3);
+}
+
+__device__ __forceinline__ float e4m3_value(u8 code) {
+  return __half2float(__half(__nv_cvt_fp8_to_halfraw(code, __NV_E4M3)));
+}
+
+// Two codes, the first in the low nibble.
+__device__ __forceinline__ u32 e2m1_pair(float low, float high) {
+  return __nv_cvt_float2_to_fp4x2(make_float2(low, high), __NV_E2M1, cudaRoundNearest);
+}
