@@ -22,7 +22,7 @@ from pathlib import Path
 from engine.jit.sources import KernelError, Variant, source_of
 
 OPTIONS = ("--std=c++17", "-default-device", "--ptxas-options=-v")
-MOST_THREADS = 8  # a compilation takes up to 0.5 GB
+MOST_THREADS = 8  # NVRTC works in all of them at once
 ERROR_LINES = 12
 CHECKSUM_BYTES = 32
 
@@ -49,8 +49,8 @@ class Compiled:
 
     @property
     def spilled_bytes(self) -> int:
-        """Of one thread, stored or loaded."""
-        return self._number(r"(\d+) bytes spill")
+        """Of one thread, in local memory. For sm_100 and newer ptxas calls them a stack frame, and spills 0."""
+        return self._number(r"(\d+) bytes (?:stack frame|spill)")
 
 
 def compile_cubin(variant: Variant, arch: str) -> bytes:
@@ -73,7 +73,7 @@ def prepare(variants: Iterable[Variant], arch: str) -> Iterator[tuple[int, int]]
 
     Closing the generator ends it after the kernels that are being compiled.
     """
-    missing = [variant for variant in dict.fromkeys(variants) if not is_cached(variant, arch)]
+    missing = [variant for variant in dict.fromkeys(variants) if not _is_cached(variant, arch)]
     workers = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "jit")
     try:
         waiting = [workers.submit(compiled, variant, arch) for variant in missing]
@@ -84,7 +84,7 @@ def prepare(variants: Iterable[Variant], arch: str) -> Iterator[tuple[int, int]]
         workers.shutdown(cancel_futures=True)
 
 
-def is_cached(variant: Variant, arch: str) -> bool:
+def _is_cached(variant: Variant, arch: str) -> bool:
     return _read(_key(variant, arch, *source_of(variant))) is not None
 
 

@@ -47,6 +47,7 @@ def test_shared_memory_and_spills_are_read_from_the_log() -> None:
     log = "Used 40 registers, used 1 barriers, 4096 bytes smem\n 8 bytes spill stores, 24 bytes spill loads"
     one = compile.Compiled(b"", log)
     assert (one.registers, one.shared_bytes, one.spilled_bytes) == (40, 4096, 24)
+    assert compile.Compiled(b"", "800 bytes stack frame, 0 bytes spill stores").spilled_bytes == 800
 
 
 def test_the_second_time_it_comes_from_the_cache(add: Variant, compilations: list[str]) -> None:
