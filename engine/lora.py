@@ -7,8 +7,9 @@ strength writes that buffer and nothing else; adding or removing a file makes a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 
 from engine.checkpoints.safetensors_file import SafetensorsFile, open_safetensors
 from engine.families.flux import LoraTarget, lora_targets
+from engine.layers.fused_linear import FusedLinear, Layout, side_by_side
 from engine.layers.linear import RANK_STEP, BranchedLinear, BranchSlice, LowRankBranches
 from engine.models.flux import Flux
 from engine.problems import bad_file
 
-MAX_RANK = 1024  # of all LoRAs of one linear together
+MAX_RANK = 1024  # of all LoRAs of one linear together; where a kernel adds them, with the layer's own ranks
+NOBODY = -1
 SUFFIXES = {
     ".lora_A.weight": "down",
     ".lora_B.weight": "up",
@@ -99,10 +102,14 @@ class LoraStack:
         self._targets = lora_targets(network)
         self._files: tuple[tuple[str, int, int], ...] = ()
         self._loaded: list[_Loaded] = []
-        self._strengths: list[float] = []
-        self._scales = torch.zeros(0)
-        self._unit_scales = torch.zeros(0)  # alpha / rank of each 16 ranks
-        self._owner = torch.zeros(0, dtype=torch.int64)  # which LoRA each 16 ranks belong to
+        self._slots = _Slots.of([], [], 0, _place(network)[0])
+        self._biases: list[_LiveBias] = []
+        self._layouts = 0
+
+    @property
+    def layout(self) -> int:
+        """Another number for every set of files: what runs on which memory. Strengths do not change it."""
+        return self._layouts
 
     def set(self, loras: Sequence[tuple[str, float]]) -> list[LoraReport]:
         """Make the network carry exactly these (file, strength) pairs, in this order.
@@ -114,13 +121,12 @@ class LoraStack:
         strengths = [float(strength) for _, strength in loras]
         if files != self._files:
             loaded = [self._read(path) for path, _ in loras]
-            _check_ranks(loaded)
+            self._check_ranks(loaded)
             self._lay_out(loaded)
             self._files, self._loaded = files, loaded
-        self._strengths[:] = strengths
-        if self._owner.numel():
-            per_lora = torch.tensor(strengths, dtype=torch.float32)
-            self._scales.copy_(per_lora[self._owner].to(self._scales.device) * self._unit_scales)
+        self._slots.write(strengths)
+        for bias in self._biases:
+            bias.write(strengths)
         return [
             LoraReport(path, s, r.keys_used, r.keys_unused, r.layers_used, r.layers)
             for (path, s), r in zip(loras, (item.report for item in self._loaded), strict=True)
@@ -199,45 +205,154 @@ class LoraStack:
             parts.append((target, _Part(columns, up, alpha / rank, delta)))
         return parts
 
+    def _check_ranks(self, loaded: list[_Loaded]) -> None:
+        ranks: Counter[str] = Counter()
+        for item in loaded:
+            ranks.update({name: part.down.shape[0] for name, part in item.parts.items()})
+        for name, rank in ranks.items():
+            most = MAX_RANK - _own_rank(self._linear(name))
+            if rank > most:
+                raise bad_file(
+                    f"These LoRAs together have rank {rank} in one layer; {most} is the most.",
+                    "Switch one of them off.",
+                )
+
+    def _groups(self) -> Iterator[list[str]]:
+        """The network's linears, those together whose input is quantized once for all of them."""
+        groups: dict[object, list[str]] = {}
+        for name, module in self._network.named_modules():
+            if isinstance(module, BranchedLinear):
+                key = module.own_layout.target if isinstance(module, FusedLinear) else module
+                groups.setdefault(key, []).append(name)
+        yield from groups.values()
+
     def _lay_out(self, loaded: list[_Loaded]) -> None:
-        """Give every linear its stacked factors, and the buffer its places."""
+        """Give every linear its stacked factors, and each 16 ranks a slot in the one buffer of scales."""
         parts_of: dict[str, list[tuple[int, _Part]]] = {}
         for index, item in enumerate(loaded):
             for name, part in item.parts.items():
                 parts_of.setdefault(name, []).append((index, part))
-        owner: list[int] = []
-        unit: list[float] = []
-        for parts in parts_of.values():
-            for lora, part in parts:
-                steps = part.down.shape[0] // RANK_STEP
-                owner += [lora] * steps
-                unit += [part.scale] * steps
+        groups = [group for group in self._groups() if any(name in parts_of for name in group)]
         device, dtype = _place(self._network)
-        unit_scales = torch.tensor(unit, dtype=torch.float32, device=device)
-        scales = torch.zeros(len(unit), dtype=torch.float32, device=device)
-        strengths = [0.0] * len(loaded)
-        branches: dict[str, LowRankBranches] = {}
-        offset = 0
-        for name, parts in parts_of.items():
-            slices, start = [], 0
-            for lora, part in parts:
-                slices.append(BranchSlice(lora, start, start + part.down.shape[0]))
-                start += part.down.shape[0]
-            branches[name] = LowRankBranches(
-                proj_down=torch.cat([part.down for _, part in parts]).T.contiguous().to(device, dtype),
-                proj_up=torch.cat([part.up for _, part in parts], dim=1).contiguous().to(device, dtype),
-                scales=scales[offset : offset + start // RANK_STEP],
-                slices=tuple(slices),
-                strengths=strengths,
-                bias_delta=_bias_rows(parts, self._linear(name).out_features, device, dtype),
-            )
-            offset += start // RANK_STEP
+        owners: list[int] = []
+        unit: list[float] = []
+        starts: dict[str, int] = {}
+        for name in (name for group in groups for name in group):
+            starts[name] = len(owners)
+            own = _own_rank(self._linear(name)) // RANK_STEP
+            owners += [NOBODY] * own
+            unit += [1.0] * own
+            for lora, part in parts_of.get(name, []):
+                steps = part.down.shape[0] // RANK_STEP
+                owners += [lora] * steps
+                unit += [part.scale] * steps
+        slots = _Slots.of(owners, unit, len(loaded), device)
+        branches = {
+            name: self._branches(name, parts, slots, starts[name], device, dtype)
+            for name, parts in parts_of.items()
+        }
+        layouts: dict[str, Layout] = {}
+        biases: list[_LiveBias] = []
+        for group in groups:
+            fused = [linear for name in group if isinstance(linear := self._linear(name), FusedLinear)]
+            if fused:
+                steps = sum(
+                    linear.rank + _rank_of(branches.get(name)) for linear, name in zip(fused, group, strict=True)
+                )
+                scales = slots.scales[starts[group[0]] :][: steps // RANK_STEP]
+                made = side_by_side(fused, [branches.get(name) for name in group], scales)
+                layouts.update(zip(group, made, strict=True))
+        for name, layout in layouts.items():
+            branch = branches.pop(name, None)
+            if branch is not None and branch.bias_delta is not None:
+                bias = _LiveBias.over(layout.linear.bias, branch)
+                biases.append(bias)
+                layouts[name] = replace(layout, linear=replace(layout.linear, bias=bias.live))
         # everything that can fail has been done: the network carries the new stack whole, or the old one
         for name, module in self._network.named_modules():
-            if isinstance(module, BranchedLinear):
+            if isinstance(module, FusedLinear):
+                module.layout = layouts.get(name, module.own_layout)
+            elif isinstance(module, BranchedLinear):
                 module.branches = branches.get(name)
-        self._owner = torch.tensor(owner, dtype=torch.int64)
-        self._scales, self._unit_scales, self._strengths = scales, unit_scales, strengths
+        self._slots, self._biases = slots, biases
+        self._layouts += 1
+
+    def _branches(
+        self,
+        name: str,
+        parts: list[tuple[int, _Part]],
+        slots: _Slots,
+        start: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> LowRankBranches:
+        """All LoRAs of one linear; `start` is the linear's first slot."""
+        slices, rank, linear = [], 0, self._linear(name)
+        for lora, part in parts:
+            slices.append(BranchSlice(lora, rank, rank + part.down.shape[0]))
+            rank += part.down.shape[0]
+        start += _own_rank(linear) // RANK_STEP
+        return LowRankBranches(
+            proj_down=torch.cat([part.down for _, part in parts]).T.contiguous().to(device, dtype),
+            proj_up=torch.cat([part.up for _, part in parts], dim=1).contiguous().to(device, dtype),
+            scales=slots.scales[start : start + rank // RANK_STEP],
+            slices=tuple(slices),
+            strengths=slots.strengths,
+            strengths_there=slots.strengths_there,
+            bias_delta=_bias_rows(parts, linear.out_features, device, dtype),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Slots:
+    """A network's buffer of scales, one for each 16 ranks of a linear that carries LoRAs; its own ranks count 1."""
+
+    scales: Tensor  # (S,) fp32, on the network's device: what kernels and branches read
+    unit: Tensor  # (S,) alpha / rank
+    owners: Tensor  # (S,) which LoRA, on the host; NOBODY for a layer's own ranks
+    strengths: list[float]
+    strengths_there: Tensor  # the same (L,) fp32 on the device
+
+    @classmethod
+    def of(cls, owners: list[int], unit: list[float], num_loras: int, device: torch.device) -> _Slots:
+        return cls(
+            torch.zeros(len(unit), device=device),
+            torch.tensor(unit, dtype=torch.float32, device=device),
+            torch.tensor(owners, dtype=torch.int64),
+            [0.0] * num_loras,
+            torch.zeros(num_loras, device=device),
+        )
+
+    def write(self, strengths: list[float]) -> None:
+        """In place, so that whoever holds a view, a CUDA graph too, goes on with the new ones."""
+        self.strengths[:] = strengths
+        if self.owners.numel():
+            each = torch.tensor([*strengths, 1.0])  # the last one is NOBODY's
+            self.scales.copy_(each[self.owners].to(self.scales.device) * self.unit)
+            self.strengths_there.copy_(each[:-1])
+
+
+@dataclass(frozen=True, eq=False)
+class _LiveBias:
+    """The bias of a fused linear with those of its LoRAs added, at their strengths."""
+
+    live: Tensor  # (N,) fp32, what the kernel reads
+    base: Tensor  # (N,) fp32
+    deltas: Tensor  # (L, N), one row for each of `loras`
+    loras: tuple[int, ...]
+
+    @classmethod
+    def over(cls, base: Tensor | None, branches: LowRankBranches) -> _LiveBias:
+        assert branches.bias_delta is not None
+        deltas = branches.bias_delta.float()
+        base = torch.zeros_like(deltas[0]) if base is None else base
+        return cls(base.clone(), base, deltas, tuple(one.lora for one in branches.slices))
+
+    def write(self, strengths: list[float]) -> None:
+        self.live.copy_(self.base)
+        for lora, delta in zip(self.loras, self.deltas, strict=True):
+            if strengths[lora] != 0:
+                self.live.add_(delta, alpha=strengths[lora])
 
 
 def _stack_rows(items: list[tuple[LoraTarget, _Part]], out_features: int, in_features: int) -> _Part:
@@ -280,17 +395,13 @@ def _bias_rows(
     return torch.stack(rows).to(device, dtype)
 
 
-def _check_ranks(loaded: list[_Loaded]) -> None:
-    ranks: dict[str, int] = {}
-    for item in loaded:
-        for name, part in item.parts.items():
-            ranks[name] = ranks.get(name, 0) + part.down.shape[0]
-    widest = max(ranks.values(), default=0)
-    if widest > MAX_RANK:
-        raise bad_file(
-            f"These LoRAs together have rank {widest} in one layer; {MAX_RANK} is the most.",
-            "Switch one of them off.",
-        )
+def _own_rank(linear: BranchedLinear) -> int:
+    """Ranks of the model's own that share the buffer with those of LoRAs."""
+    return linear.rank if isinstance(linear, FusedLinear) else 0
+
+
+def _rank_of(branches: LowRankBranches | None) -> int:
+    return 0 if branches is None else branches.proj_down.shape[1]
 
 
 def _finite(file: SafetensorsFile, key: str) -> Tensor:

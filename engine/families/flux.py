@@ -21,9 +21,11 @@ from engine.checkpoints.svdquant_file import (
     read_svdquant_linear,
     read_w4a16,
 )
+from engine.jit import arch_of
+from engine.layers.fused_linear import FusedLinear, fits_kernels, share_input
 from engine.layers.linear import BranchedLinear, Linear
 from engine.layers.norms import RMSNorm
-from engine.layers.svdquant_linear import LayerPlan, SVDQuantLinear, W4A16Linear
+from engine.layers.svdquant_linear import LayerPlan, PackedLinear, SVDQuantLinear, W4A16Linear
 from engine.models.flux import Flux, FluxConfig, scale_splits
 from engine.problems import bad_file
 
@@ -128,19 +130,24 @@ def load_flux(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     on_progress: Callable[[float], None] | None = None,
+    fused: bool | None = None,
 ) -> Flux:
     """Read FLUX's network from an SVDQuant or a 16-bit file, each quantized linear by `plan`.
 
-    on_progress is called with a fraction 0 .. 1 before each layer and may raise to stop. The network is in eval
-    mode and needs no gradients. Raises ProblemError naming the file, the tensor and what was expected.
+    on_progress is called with a fraction 0 .. 1 before each layer and may raise to stop. fused: whether 4-bit
+    layers run through kernels; None: on a card they do. The network is in eval mode and needs no gradients.
+    Raises ProblemError naming the file, the tensor and what was expected.
     """
-    reader = _checked_reader(file, plan, torch.device(device), dtype)
+    reader = _checked_reader(file, plan, torch.device(device), dtype, fused)
     network, config = reader.network, reader.network.config
     layers: list[LinearNames | NormNames] = [*linears_of(config), *norms_of(config)]
     for index, names in enumerate(layers):
         if on_progress is not None:
             on_progress(index / len(layers))
         reader.fill(names)
+    for block in network.single_blocks:
+        share_input(block.qkv, block.fc1)  # type: ignore[arg-type]
+    network.one_at_a_time = any(isinstance(module, FusedLinear) for module in network.modules())
     if on_progress is not None:
         on_progress(1.0)
     return network.requires_grad_(False).eval()
@@ -151,12 +158,14 @@ def check_flux(file: SafetensorsFile) -> FluxConfig:
     return _checked_reader(file, "w4a16", torch.device("cpu"), torch.float32).network.config
 
 
-def _checked_reader(file: SafetensorsFile, plan: LayerPlan, device: torch.device, dtype: torch.dtype) -> FluxReader:
+def _checked_reader(
+    file: SafetensorsFile, plan: LayerPlan, device: torch.device, dtype: torch.dtype, fused: bool | None = None
+) -> FluxReader:
     if recognise(file) is None:
         raise bad_file(f"{file.path.name} does not hold FLUX's network.", "Choose a FLUX checkpoint.")
     with torch.device("meta"):
         network = Flux(read_config(file))
-    reader = FluxReader(file, network, plan, device, dtype)
+    reader = FluxReader(file, network, plan, device, dtype, fused)
     reader.check_all()
     return reader
 
@@ -165,9 +174,18 @@ class FluxReader:
     """Reads one layer after the other from a file, whichever way the file stores it, into a network on meta."""
 
     def __init__(
-        self, file: SafetensorsFile, network: Flux, plan: LayerPlan, device: torch.device, dtype: torch.dtype
+        self,
+        file: SafetensorsFile,
+        network: Flux,
+        plan: LayerPlan,
+        device: torch.device,
+        dtype: torch.dtype,
+        fused: bool | None = None,
     ) -> None:
         self.file, self.network, self.plan, self.device, self.dtype = file, network, plan, device, dtype
+        on_card = device.type == "cuda"
+        self._arch = arch_of(*torch.cuda.get_device_capability(device)) if on_card else None
+        self._fused = on_card if fused is None else fused
 
     def check_all(self) -> None:
         """Compare the header with what the network needs; no tensor is read. Raises ProblemError."""
@@ -237,7 +255,7 @@ class FluxReader:
             return self._dense(names, meta)
         if names.kind == "modulation":
             w4a16 = read_w4a16(self.file, prefix, splits=names.splits, device=self.device)
-            return W4A16Linear(w4a16, self.dtype)
+            return PackedLinear(w4a16, self.dtype) if self._fused else W4A16Linear(w4a16, self.dtype)
         weights = read_svdquant_linear(
             self.file,
             prefix,
@@ -246,7 +264,9 @@ class FluxReader:
             input_shift=names.input_shift if self._is_int4(prefix) else 0.0,
             device=self.device,
         )
-        return SVDQuantLinear(weights, self.plan, self.dtype)
+        if self._fused and fits_kernels(weights):
+            return FusedLinear(weights, self.plan, self.dtype, self._arch)
+        return SVDQuantLinear(weights, "w4a16" if self._fused else self.plan, self.dtype)
 
     def _is_int4(self, prefix: str) -> bool:
         info = self.file.tensors.get(f"{prefix}.wscales")
@@ -353,9 +373,9 @@ def plan_counts(network: Flux) -> dict[str, int]:
     for module in network.modules():
         if isinstance(module, BranchedLinear):
             match module:
-                case SVDQuantLinear():
+                case SVDQuantLinear() | FusedLinear():
                     plan: str = module.plan
-                case W4A16Linear():
+                case W4A16Linear() | PackedLinear():
                     plan = "w4a16"
                 case _:
                     plan = "bf16"

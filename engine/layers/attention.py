@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from engine.layers.attention_backend import attend
+from engine.layers.fused_linear import HEAD_DIM, FusedLinear
 from engine.layers.linear import Act, BranchedLinear
 from engine.layers.norms import RMSNorm
 from engine.layers.rope import rotate
@@ -29,14 +30,33 @@ def joint_attention(projections: Sequence[Projection], table: tuple[Tensor, Tens
 
     table: rotary cos and sin, (L, D / 2) each, L tokens in the order of `projections`. Returns (B, L, C).
     """
-    heads = [_normed_heads(one.linear(one.x), one.norm_q, one.norm_k) for one in projections]
+    if all(isinstance(one.linear, FusedLinear) for one in projections) and _head_dim(projections[0]) == HEAD_DIM:
+        return attend(*_fused_heads(projections, table))
+    heads = [_normed_heads(one) for one in projections]
     q, k, v = heads[0] if len(heads) == 1 else (torch.cat(parts, dim=2) for parts in zip(*heads, strict=True))
-    mixed = F.scaled_dot_product_attention(rotate(q, table), rotate(k, table), v)
-    return mixed.transpose(1, 2).flatten(2)
+    return attend(rotate(q, table), rotate(k, table), v)
 
 
-def _normed_heads(qkv: Tensor, norm_q: RMSNorm, norm_k: RMSNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, L, 3C), q then k then v -> three of (B, H, L, D), q and k RMS-normalized, each head for itself."""
-    head_dim = norm_q.weight.shape[0]
-    q, k, v = qkv.view(*qkv.shape[:-1], 3, -1, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-    return norm_q(q), norm_k(k), v
+def _head_dim(projection: Projection) -> int:
+    return projection.norm_q.weight.shape[0]
+
+
+def _normed_heads(one: Projection) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, (B, H, L, D) each, q and k RMS-normalized, each head for itself."""
+    qkv = one.linear(one.x)  # (B, L, 3C)
+    q, k, v = qkv.view(*qkv.shape[:-1], 3, -1, _head_dim(one)).permute(2, 0, 3, 1, 4).unbind(0)
+    return one.norm_q(q), one.norm_k(k), v
+
+
+def _fused_heads(projections: Sequence[Projection], table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, (1, H, L, D) each, normed and turned: views of one tensor that all projections write rows of."""
+    counts = [one.num_tokens for one in projections]
+    first = projections[0].linear
+    assert isinstance(first, FusedLinear)
+    qkv = torch.empty(sum(counts), first.out_features, dtype=first.dtype, device=table[0].device)
+    parts = zip(projections, qkv.split(counts), *(angles.split(counts) for angles in table), strict=True)
+    for one, rows, cos, sin in parts:
+        assert isinstance(one.linear, FusedLinear)
+        one.linear.write_qkv(rows, one.x, one.norm_q.weight, one.norm_k.weight, (cos, sin))
+    q, k, v = qkv.view(1, sum(counts), 3, -1, HEAD_DIM).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v

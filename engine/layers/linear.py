@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Act: TypeAlias = Tensor  # what a linear reads
+from engine.reference.quantize_act import QuantizedAct
+
+Act: TypeAlias = Tensor | QuantizedAct  # what a linear reads
 RANK_STEP = 16  # ranks that share one scale; every branch is padded to it
 
 
@@ -31,7 +33,7 @@ class LowRankBranches:
 
     proj_down: (K, R), proj_up: (N, R), in the network's dtype; R a multiple of 16.
     scales: (R / 16,) fp32, a view into the one buffer of the model: strength x alpha / rank of each 16 ranks.
-    strengths: shared by all layers; the host's copy, so that a slice at 0 is skipped without asking the device.
+    strengths: shared by all layers, once for the host and once, (L,) fp32, where the layers are.
     bias_delta: (L, N) one row a LoRA of `slices`, or None where no LoRA brings one.
     """
 
@@ -40,21 +42,29 @@ class LowRankBranches:
     scales: Tensor
     slices: tuple[BranchSlice, ...]
     strengths: list[float]
+    strengths_there: Tensor
     bias_delta: Tensor | None = None
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """y (..., N) + the branches' part for x (..., K); LoRAs at strength 0 are skipped, not multiplied."""
-        for row, (lora, start, stop) in enumerate(self.slices):
-            strength = self.strengths[lora]
-            if strength == 0.0:
-                continue
-            if stop > start:
-                scale = self.scales[start // RANK_STEP : stop // RANK_STEP].repeat_interleave(RANK_STEP)
-                down = (x @ self.proj_down[:, start:stop]) * scale.to(x.dtype)
-                y = y + down @ self.proj_up[:, start:stop].T
-            if self.bias_delta is not None:
-                y = y + strength * self.bias_delta[row]
+        """y (..., N) + the branches' part for x (..., K), and not a bit of a LoRA at strength 0.
+
+        The CPU skips those. A card may replay this as a graph after a slider has moved, so it decides when it runs.
+        """
+        for row, (lora, _, _) in enumerate(self.slices):
+            if y.is_cuda:
+                strength = self.strengths_there[lora]
+                y = torch.where(strength == 0, y, self._with_slice(row, y, x, strength))
+            elif self.strengths[lora] != 0:
+                y = self._with_slice(row, y, x, self.strengths[lora])
         return y
+
+    def _with_slice(self, row: int, y: Tensor, x: Tensor, strength: Tensor | float) -> Tensor:
+        _, start, stop = self.slices[row]
+        if stop > start:
+            scale = self.scales[start // RANK_STEP : stop // RANK_STEP].repeat_interleave(RANK_STEP)
+            down = (x @ self.proj_down[:, start:stop]) * scale.to(x.dtype)
+            y = y + down @ self.proj_up[:, start:stop].T
+        return y if self.bias_delta is None else y + strength * self.bias_delta[row]
 
 
 class BranchedLinear(nn.Module):

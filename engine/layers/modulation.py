@@ -9,8 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.kernels.modulate_quantize import modulate_quantize
+from engine.layers.fused_linear import FusedLinear
 from engine.layers.linear import Act, BranchedLinear
 from engine.layers.norms import layer_norm
+from engine.reference.quantize_act import ActTarget
 
 FP16_MAX = 65504.0
 
@@ -20,17 +23,29 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor, *readers: BranchedLinear)
 
     x: (B, L, C); shift, scale: (B, 1, C), scale contains its 1.
     """
-    y = layer_norm(x) * scale + shift
-    return [y for _ in readers]
+    made: dict[ActTarget | None, Act] = {}
+    acts = []
+    for reader in readers:
+        target = reader.target if isinstance(reader, FusedLinear) else None
+        if target not in made:
+            if target is None:
+                made[target] = layer_norm(x) * scale + shift
+            else:
+                made[target] = modulate_quantize(x[0], shift[0, 0], scale[0, 0], target)
+        acts.append(made[target])
+    return acts
 
 
 def add_gated(residual: Tensor, gate: Tensor, *products: tuple[BranchedLinear, Act]) -> Tensor:
     """residual + gate * (sum of linear(x)). residual: (B, L, C), never written; gate: (B, 1, C)."""
-    (linear, x), *others = products
-    y = linear(x)
-    for linear, x in others:
-        y = y + linear(x)
-    return stay_in_range(residual + gate * y)
+    plain = [linear(x) for linear, x in products if not isinstance(linear, FusedLinear)]
+    stream = residual
+    if plain:
+        stream = stay_in_range(stream + gate * (plain[0] if len(plain) == 1 else sum(plain[1:], plain[0])))
+    for linear, x in products:
+        if isinstance(linear, FusedLinear):
+            stream = linear.add_gated(stream, gate, x, in_place=stream is not residual)
+    return stream
 
 
 def stay_in_range(x: Tensor) -> Tensor:

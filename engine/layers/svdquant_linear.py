@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.kernels.modulation_w4a16 import arrange_modulation, modulation_w4a16
 from engine.layers.linear import BranchedLinear
 from engine.reference.linear_w4a16 import W4A16Weights
 from engine.reference.svdq_linear import SVDQuantWeights, svdq_linear
@@ -15,25 +17,30 @@ from engine.reference.svdq_linear import SVDQuantWeights, svdq_linear
 LayerPlan = Literal["w4a4", "w4a8", "w4a16"]
 
 
+def runnable_plan(weights: SVDQuantWeights, plan: LayerPlan) -> LayerPlan:
+    """The plan a layer can run by: w4a8's signed magnitudes have no place for a code of -8, so it takes w4a16."""
+    if plan == "w4a8" and weights.precision == "int4" and bool((weights.codes == -8).any()):
+        return "w4a16"
+    return plan
+
+
 class SVDQuantLinear(BranchedLinear):
     """y = low-bit product of quantized x and the residual + bias + (x @ proj_down) @ proj_up.T, by one plan.
 
     w4a16 leaves activations as they are: without a GPU the weight is expanded once, low-rank branch and bias
     included, and every call is one 32-bit product. w4a4 and w4a8 run the reference arithmetic.
-    `plan` is what really runs: a code of -8 has no place in w4a8's signed magnitudes, so such a layer runs w4a16.
+    `plan` is what really runs.
     """
 
     def __init__(self, weights: SVDQuantWeights, plan: LayerPlan, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(weights.in_features, weights.out_features)
-        if plan == "w4a8" and weights.precision == "int4" and bool((weights.codes == -8).any()):
-            plan = "w4a16"
-        self.plan: LayerPlan = plan
+        self.plan: LayerPlan = runnable_plan(weights, plan)
         self.precision = weights.precision
         self.rank = weights.rank
         self.weights: SVDQuantWeights | None = None
         self.weight: Tensor | None
         self.bias: Tensor | None
-        if plan == "w4a16":
+        if self.plan == "w4a16":
             weight, bias = weights.dense()
             self.register_buffer("weight", weight.to(dtype), persistent=False)
             self.register_buffer("bias", None if bias is None else bias.to(dtype), persistent=False)
@@ -62,3 +69,20 @@ class W4A16Linear(BranchedLinear):
 
     def base(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
+
+
+class PackedLinear(BranchedLinear):
+    """A linear with 4-bit weights and 16-bit activations that stays 4-bit in memory: kernels expand it on the way.
+
+    Groups of 64 are a modulation's: a few rows, its weight is read once. Others are a text encoder's.
+    """
+
+    def __init__(self, weights: W4A16Weights, dtype: torch.dtype) -> None:
+        super().__init__(weights.in_features, weights.out_features)
+        if weights.scales.dtype == torch.float32:  # legal, never seen
+            weights = replace(weights, scales=weights.scales.to(dtype), zeros=weights.zeros.to(dtype))
+        self.arranged = arrange_modulation(weights)
+
+    def base(self, x: Tensor) -> Tensor:
+        y = modulation_w4a16(x.flatten(0, -2).contiguous(), self.arranged, splits=1)
+        return y.view(*x.shape[:-1], self.out_features)

@@ -212,13 +212,28 @@ class SingleBlock(nn.Module):
         self, text: Tensor, image: Tensor, conditioning: Tensor, table: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """text (B, T, C), image (B, I, C), conditioning = silu(embedding) (B, C) -> text, image."""
-        x = torch.cat([text, image], dim=1)
+        x = joined(text, image)
         shift, scale, gate = self.modulation(conditioning)[:, None].chunk(3, dim=-1)  # (B, 1, C) each
         y, y_mlp = modulated(x, shift, scale, self.qkv, self.fc1)
         attended = joint_attention([Projection(self.qkv, self.norm_q, self.norm_k, y, x.shape[1])], table)
         x = add_gated(x, gate, (self.out, attended), (self.fc2, self.fc1.gelu(y_mlp, self.fc2)))
         hidden_text, hidden_image = torch.split(x, [text.shape[1], image.shape[1]], dim=1)
         return hidden_text, hidden_image
+
+
+def joined(text: Tensor, image: Tensor) -> Tensor:
+    """(B, T + I, C). No copy where they are the two parts of one picture's tensor, as a single block leaves them."""
+    both = (text.shape[0], text.shape[1] + image.shape[1], text.shape[2])
+    if (
+        both[0] == 1
+        and not torch.is_grad_enabled()
+        and text.untyped_storage().data_ptr() == image.untyped_storage().data_ptr()
+        and image.storage_offset() == text.storage_offset() + text.numel()
+        and text.stride() == image.stride()
+        and text.is_contiguous()
+    ):
+        return text.as_strided(both, text.stride())
+    return torch.cat([text, image], dim=1)
 
 
 class FluxState(NamedTuple):
@@ -241,6 +256,7 @@ class Flux(nn.Module):
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
         self.config = config
+        self.one_at_a_time = False  # pictures of a batch: kernels take the shifts, scales and gates of one
         c = config.hidden_size
         self.image_in = Linear(config.in_channels, c)
         self.text_in = Linear(config.joint_attention_dim, c)
@@ -313,6 +329,15 @@ class Flux(nn.Module):
         network without it; image_ids: (I, 3) and text_ids: (T, 3) positions (t, y, x).
         before_block is called before each block and may raise to stop. Returns (B, I, out_channels).
         """
+        if self.one_at_a_time and len(image) > 1:
+            batch = zip(*(x.split(1) for x in (image, text, pooled, timestep)), strict=True)
+            guidances = [None] * len(image) if guidance is None else guidance.split(1)
+            return torch.cat(
+                [
+                    self.forward(*one, its_guidance, image_ids, text_ids, before_block)
+                    for one, its_guidance in zip(batch, guidances, strict=True)
+                ]
+            )
         state = self.begin(image, text, pooled, timestep, guidance, image_ids, text_ids)
         for block in self.blocks():
             if before_block is not None:
