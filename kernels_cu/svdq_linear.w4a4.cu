@@ -20,23 +20,34 @@ constexpr float MAGIC_FLOAT = 12582912.0f;
 constexpr int ACT_BYTES = BLOCK_ROWS * 32, CODE_BYTES = 4096, RECORD_BYTES = CODE_BYTES + 256;
 
 struct Int4Tile {
-  static constexpr int STAGE_BYTES = ACT_BYTES + RECORD_BYTES + BLOCK_ROWS * 4;
+  static constexpr int STAGE_BYTES = ACT_BYTES + RECORD_BYTES;
 
   float (&acc)[ROW_TILES][16][4];
-  const u8 *act[2], *record;
-  const float* ascales;
-  int m, scale_row;
+  const u8 *act, *record;
+  const float* ascales;              // of the group after the next, row g of this warp
+  float ascale[ROW_TILES][2] = {};   // of the next group: on their way while one is multiplied
+  int second_row, m, rows_left, groups_left;
 
   __device__ __forceinline__ Int4Tile(float (&acc)[ROW_TILES][16][4], const u8* codes, const float* scales,
                                       const u8* weights, int k, int m)
-      : acc(acc), ascales(scales), m(m) {
-    const int row0 = blockIdx.x * BLOCK_ROWS;
-    record = weights + size_t(blockIdx.y) * (k / 64) * RECORD_BYTES + threadIdx.x * 16;
-    for (int i = 0; i < 2; ++i) {  // rows beyond M repeat the last one; they are not stored
-      const int row = min(row0 + int(threadIdx.x) / 2 + 64 * i, m - 1);
-      act[i] = codes + size_t(row) * (k / 2) + threadIdx.x % 2 * 16;
-    }
-    ascales += min(row0 + int(threadIdx.x), m - 1);
+      : acc(acc), m(m), groups_left(k / 64) {
+    const int row0 = blockIdx.x * BLOCK_ROWS, thread = threadIdx.x;
+    record = weights + size_t(blockIdx.y) * (k / 64) * RECORD_BYTES + thread * 16;
+    // Rows beyond M repeat the last one; they are not stored.
+    const int first = min(row0 + thread / 2, m - 1), second = min(row0 + thread / 2 + 64, m - 1);
+    act = codes + size_t(first) * (k / 2) + thread % 2 * 16;
+    second_row = (second - first) * (k / 2);
+    const int row = row0 + thread / 32 * WARP_ROWS + lane_id() / 4;
+    ascales = scales + row;
+    rows_left = m - row;
+    fetch_scales();
+  }
+
+  __device__ __forceinline__ void fetch_scales() {
+#pragma unroll
+    for (int i = 0; i < 2 * ROW_TILES; ++i)
+      if (8 * i < rows_left && groups_left > 0) ascale[i / 2][i % 2] = __ldg(ascales + 8 * i);
+    ascales += m, --groups_left;
   }
 
   // Rows of 32 bytes; the halves change places every 4 rows, so that 8 rows of ldmatrix meet all 32 banks.
@@ -44,37 +55,38 @@ struct Int4Tile {
 
   __device__ __forceinline__ void load(u8* stage) {
     const int thread = threadIdx.x;
-    cp_async16(stage + act_place(thread / 2, thread % 2), act[0]);
-    cp_async16(stage + act_place(thread / 2 + 64, thread % 2), act[1]);
-    u8* to = stage + ACT_BYTES + thread * 16;
+    u8* to = stage + act_place(thread / 2, thread % 2);
+    cp_async16(to, act);
+    cp_async16(to + 64 * 32, act + second_row);
+    to = stage + ACT_BYTES + thread * 16;
     cp_async16(to, record);
     cp_async16(to + 2048, record + 2048);
     if (thread < 16) cp_async16(to + CODE_BYTES, record + CODE_BYTES);
-    cp_async4(stage + ACT_BYTES + RECORD_BYTES + thread * 4, ascales);
-    act[0] += 32, act[1] += 32, record += RECORD_BYTES, ascales += m;
+    act += 32, record += RECORD_BYTES;
   }
 
   __device__ __forceinline__ void multiply(const u8* stage) {
-    const int lane = lane_id(), g = lane / 4, q = lane & 3, row = threadIdx.x / 32 * WARP_ROWS;
+    const int lane = lane_id(), row = threadIdx.x / 32 * WARP_ROWS;
     const u8* codes = stage + ACT_BYTES + lane * 16;
-    const u8* wscales = stage + ACT_BYTES + CODE_BYTES + q * 16;
-    const float* scales = reinterpret_cast<const float*>(stage + ACT_BYTES + RECORD_BYTES) + row + g;
+    const u8* wscales = stage + ACT_BYTES + CODE_BYTES + (lane & 3) * 16;
     u32 a[ROW_TILES][4];
-    float ascale[ROW_TILES][2];
+    float scale[ROW_TILES][2];
 #pragma unroll
     for (int t = 0; t < ROW_TILES; ++t) {
       ldmatrix_x4(a[t], stage + act_place(row + 16 * t + lane % 16, lane / 16));
-      ascale[t][0] = scales[16 * t], ascale[t][1] = scales[16 * t + 8];
+      scale[t][0] = ascale[t][0], scale[t][1] = ascale[t][1];
     }
+    fetch_scales();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
+      if (i == 2 && m < 0) return;  // never: but without a branch ptxas starts all 32 mma at once, and spills
       const uint4 w = *reinterpret_cast<const uint4*>(wscales + 64 * i);
       const u32 pairs[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
       for (int jj = 0; jj < 4; jj += 2) {
         const uint4 b = *reinterpret_cast<const uint4*>(codes + 512 * (2 * i + jj / 2));
-        multiply_tile(4 * i + jj, a, ascale, b.x, b.y, unpack_h2(pairs[jj]));
-        multiply_tile(4 * i + jj + 1, a, ascale, b.z, b.w, unpack_h2(pairs[jj + 1]));
+        multiply_tile(4 * i + jj, a, scale, b.x, b.y, unpack_h2(pairs[jj]));
+        multiply_tile(4 * i + jj + 1, a, scale, b.z, b.w, unpack_h2(pairs[jj + 1]));
       }
     }
   }

@@ -356,7 +356,7 @@ def _check_rows(name: str, rows: Tensor, m: int, linear: ArrangedLinear) -> None
         or rows.data_ptr() % 16
     ):
         raise ValueError(
-            f"svdq_linear: {name} must be {shape} {linear.dtype}, its rows contiguous from multiples of 16 bytes on; "
+            f"svdq_linear: {name} must be {shape} {linear.dtype}, rows contiguous from multiples of 16 bytes; "
             f"got {tuple(rows.shape)} {rows.dtype} with strides {rows.stride()}"
         )
 

@@ -54,9 +54,12 @@ class W4A16Weights:
         return weight.view(self.out_features, self.in_features)
 
 
-def linear_w4a16(x: Tensor, weights: W4A16Weights) -> Tensor:
-    """x: (..., K) h. Returns (..., O) h: h(x @ W.T + bias), in fp32 until the one rounding at the end."""
+def linear_w4a16(x: Tensor, weights: W4A16Weights, weight_dtype: torch.dtype = torch.float32) -> Tensor:
+    """x: (..., K) h. Returns (..., O) h: h(x @ W.T + bias), in fp32 until the one rounding at the end.
+
+    weight_dtype: what W is rounded to before it is multiplied; a kernel's tensor units take it as h.
+    """
     if x.shape[-1] != weights.in_features:
         raise ValueError(f"linear_w4a16: x must be (..., {weights.in_features}), got {tuple(x.shape)}")
-    y = x.float() @ weights.dense().T
+    y = x.float() @ weights.dense().to(weight_dtype).float().T
     return (y if weights.bias is None else y + weights.bias.float()).to(x.dtype)

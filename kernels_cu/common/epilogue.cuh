@@ -93,8 +93,7 @@ __device__ __forceinline__ void add_bias(float (&acc)[16][4], int col0, const Ep
   const float* bias = e.bias + col0 + 2 * (lane_id() & 3);
 #pragma unroll
   for (int j = 0; j < 16; ++j) {
-    if (col0 + 8 * j >= e.n) break;
-    const float2 b = *reinterpret_cast<const float2*>(bias + 8 * j);
+    const float2 b = col0 + 8 * j < e.n ? *reinterpret_cast<const float2*>(bias + 8 * j) : make_float2(0.0f, 0.0f);
     acc[j][0] += b.x, acc[j][1] += b.y, acc[j][2] += b.x, acc[j][3] += b.y;
   }
 }
