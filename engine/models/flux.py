@@ -330,14 +330,20 @@ class Flux(nn.Module):
         before_block is called before each block and may raise to stop. Returns (B, I, out_channels).
         """
         if self.one_at_a_time and len(image) > 1:
-            batch = zip(*(x.split(1) for x in (image, text, pooled, timestep)), strict=True)
-            guidances = [None] * len(image) if guidance is None else guidance.split(1)
-            return torch.cat(
-                [
-                    self.forward(*one, its_guidance, image_ids, text_ids, before_block)
-                    for one, its_guidance in zip(batch, guidances, strict=True)
-                ]
-            )
+            alone = [
+                self.forward(
+                    image[i : i + 1],
+                    text[i : i + 1],
+                    pooled[i : i + 1],
+                    timestep[i : i + 1],
+                    None if guidance is None else guidance[i : i + 1],
+                    image_ids,
+                    text_ids,
+                    before_block,
+                )
+                for i in range(len(image))
+            ]
+            return torch.cat(alone)
         state = self.begin(image, text, pooled, timestep, guidance, image_ids, text_ids)
         for block in self.blocks():
             if before_block is not None:
