@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 # What NVRTC is asked for: "a" targets where they exist, because block-scaled mma and wgmma have no other.
 ARCHITECTURES = ("75", "80", "86", "87", "89", "90a", "100a", "103a", "110a", "120a", "121a")
@@ -19,8 +19,7 @@ class KernelError(RuntimeError):
     """A kernel does not compile, load or run. Says which, and with which numbers."""
 
 
-@dataclass(frozen=True, slots=True)
-class Variant:
+class Variant(NamedTuple):  # hashed at every launch: a tuple does that fastest
     """One way to compile a source.
 
     source: "quantize_act.w4a4" is kernels_cu/quantize_act.w4a4.cu; its entry point is named by the stem before the
