@@ -7,7 +7,8 @@ about, so `doctor` answers in a blink.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from engine.monitor import GpuSample, Monitor, cpu_name
@@ -18,8 +19,12 @@ LayerPlan = Literal["w4a4", "w4a8", "w4a16"]
 DType = Literal["float32", "bfloat16", "float16"]
 
 OLDEST_ARCH = 75
-# Plans whose kernels this version has; the others run as w4a16, expanded by torch.
-PLANS_WITH_KERNELS: frozenset[LayerPlan] = frozenset()
+# Where a plan's kernels run; w4a16's run everywhere. engine/kernels/svdq_linear.py says the same, held by a test.
+KERNELS: dict[tuple[LayerPlan, Precision], tuple[int, ...]] = {
+    ("w4a4", "int4"): (75, 80, 86, 87, 89, 90),
+    ("w4a8", "int4"): (89, 90, 120, 121),
+    ("w4a4", "nvfp4"): (120, 121),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +44,11 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class PlanChoice:
-    """How quantized linears run, and why."""
+    """How quantized linears run, and why. notice: a sentence for people where the card does not suit the file."""
 
     plan: LayerPlan
     reason: str
+    notice: str = ""
 
 
 def cpu() -> Device:
@@ -52,14 +58,14 @@ def cpu() -> Device:
 def choose_device(wanted: str = "auto") -> Device:
     """The device a request names ("auto", "cpu", "cuda", "cuda:N"). Raises ProblemError if it is not usable.
 
-    "auto" is the CPU as long as there are no kernels: the way of a card has then never run on one.
+    "auto" is the first graphics card that can be used, else the CPU.
     """
-    if wanted == "cpu" or (wanted == "auto" and not PLANS_WITH_KERNELS):
+    if wanted == "cpu":
         return cpu()
     cards = Monitor().gpus()
     if wanted == "auto" and not cards:
         return cpu()
-    problem = _cuda_problem(cards)
+    problem = cuda_problem(cards)
     if problem and wanted == "auto":
         return cpu()
     if problem:
@@ -84,8 +90,8 @@ def choose_device(wanted: str = "auto") -> Device:
     return Device(f"cuda:{index}", properties.name, arch, cards[0].driver, dtype)
 
 
-def _cuda_problem(cards: tuple[GpuSample, ...]) -> str:
-    """Why torch cannot use the cards, "" if it can."""
+def cuda_problem(cards: tuple[GpuSample, ...]) -> str:
+    """Why the cards cannot be used, "" if they can."""
     if not cards:
         return "No NVIDIA graphics card was found."
     import torch
@@ -95,7 +101,20 @@ def _cuda_problem(cards: tuple[GpuSample, ...]) -> str:
     available = False
     with contextlib.suppress(RuntimeError):
         available = torch.cuda.is_available()
-    return "" if available else f"The driver {cards[0].driver} is too old for CUDA {torch.version.cuda}."
+    if not available:
+        return f"The driver {cards[0].driver} is too old for CUDA {torch.version.cuda}."
+    return "" if has_compiler() else "NVIDIA's compiler for kernels (NVRTC) is missing."
+
+
+@functools.cache
+def has_compiler() -> bool:
+    """Whether NVRTC is there, which compiles our kernels for the card."""
+    try:
+        from cuda.bindings import nvrtc
+
+        return not int(nvrtc.nvrtcVersion()[0])
+    except Exception:  # not installed, or its library is not
+        return False
 
 
 def best_plan(arch: int | None, precision: Precision) -> PlanChoice:
@@ -130,9 +149,26 @@ def choose_plan(device: Device, precision: Precision | None, wanted: Plan) -> Pl
         return PlanChoice("w4a16", "the file is 16-bit")
     if wanted == "bf16":
         raise bad_request("This model's file is 4-bit; the plan bf16 needs a 16-bit one.", "Choose the plan auto.")
-    if wanted != "auto":
-        return PlanChoice(wanted, "chosen by hand")
-    best = best_plan(device.arch, precision)
-    if device.is_cuda and best.plan != "w4a16" and best.plan not in PLANS_WITH_KERNELS:
-        return PlanChoice("w4a16", f"this version has no kernel for {best.plan} yet")
-    return best
+    if not device.is_cuda:
+        return best_plan(None, precision) if wanted == "auto" else PlanChoice(wanted, "chosen by hand")
+    assert device.arch is not None
+    choice = best_plan(device.arch, precision) if wanted == "auto" else PlanChoice(wanted, "chosen by hand")
+    if not has_kernels(choice.plan, precision, device.arch):
+        return PlanChoice(
+            "w4a16",
+            f"sm_{device.arch} has no kernels for {choice.plan} of {precision}",
+            f"{device.name} cannot run {precision} files by {choice.plan}: their 4-bit weights meet 16-bit "
+            "activations instead (w4a16).",
+        )
+    if choice.plan == "w4a16" and wanted == "auto":
+        return replace(
+            choice,
+            notice=f"{device.name} has no units for {precision} files: their 4-bit weights meet 16-bit activations "
+            "(w4a16).",
+        )
+    return choice
+
+
+def has_kernels(plan: LayerPlan, precision: Precision, arch: int) -> bool:
+    """Whether there are kernels of a plan for an architecture."""
+    return plan == "w4a16" or arch in KERNELS.get((plan, precision), ())

@@ -255,7 +255,7 @@ class FluxReader:
             return self._dense(names, meta)
         if names.kind == "modulation":
             w4a16 = read_w4a16(self.file, prefix, splits=names.splits, device=self.device)
-            return PackedLinear(w4a16, self.dtype) if self._fused else W4A16Linear(w4a16, self.dtype)
+            return PackedLinear(w4a16, self.dtype, self._arch) if self._fused else W4A16Linear(w4a16, self.dtype)
         weights = read_svdquant_linear(
             self.file,
             prefix,

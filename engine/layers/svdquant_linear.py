@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.modulation_w4a16 import arrange_modulation, modulation_w4a16
+from engine.kernels.linear_w4a16 import ArrangedW4A16, arrange, linear_w4a16
+from engine.kernels.modulation_w4a16 import ArrangedModulation, arrange_modulation, modulation_w4a16
 from engine.layers.linear import BranchedLinear
 from engine.reference.linear_w4a16 import W4A16Weights
+from engine.reference.quantize_act import pack_nibbles, unpack_nibbles
 from engine.reference.svdq_linear import SVDQuantWeights, svdq_linear
 
+MODULATION_GROUP = 64
 LayerPlan = Literal["w4a4", "w4a8", "w4a16"]
 
 
@@ -72,17 +75,49 @@ class W4A16Linear(BranchedLinear):
 
 
 class PackedLinear(BranchedLinear):
-    """A linear with 4-bit weights and 16-bit activations that stays 4-bit in memory: kernels expand it on the way.
+    """A linear with 4-bit weights and 16-bit activations that stays 4-bit in memory.
 
-    Groups of 64 are a modulation's: a few rows, its weight is read once. Others are a text encoder's.
+    Kernels expand it on the way: for the few rows of a modulation (groups of 64) by one that reads weights once,
+    for a text encoder by one that multiplies tiles. fp32, which only a T5 on a card without bf16 takes, has no
+    kernel: there the weight is expanded for the call.
     """
 
-    def __init__(self, weights: W4A16Weights, dtype: torch.dtype) -> None:
+    def __init__(self, weights: W4A16Weights, dtype: torch.dtype, arch: str | None = None) -> None:
+        """arch: the card's ("90a"), which `weights` are on; None for the reference."""
         super().__init__(weights.in_features, weights.out_features)
-        if weights.scales.dtype == torch.float32:  # legal, never seen
-            weights = replace(weights, scales=weights.scales.to(dtype), zeros=weights.zeros.to(dtype))
-        self.arranged = arrange_modulation(weights)
+        self._modulation: ArrangedModulation | None = None
+        self._linear: ArrangedW4A16 | None = None
+        self._nibbles: _Nibbles | None = None
+        if weights.group_size == MODULATION_GROUP:
+            if weights.scales.dtype == torch.float32:  # legal, never seen
+                weights = replace(weights, scales=weights.scales.to(dtype), zeros=weights.zeros.to(dtype))
+            self._modulation = arrange_modulation(weights)
+        elif dtype != torch.float32 or arch is None:
+            self._linear = arrange(weights, dtype, arch)
+        else:
+            packed = pack_nibbles(weights.codes)
+            self._nibbles = _Nibbles(packed, weights.scales, weights.zeros, weights.bias, weights.group_size)
 
     def base(self, x: Tensor) -> Tensor:
-        y = modulation_w4a16(x.flatten(0, -2).contiguous(), self.arranged, splits=1)
-        return y.view(*x.shape[:-1], self.out_features)
+        if self._modulation is not None:
+            y = modulation_w4a16(x.flatten(0, -2).contiguous(), self._modulation, splits=1)
+            return y.view(*x.shape[:-1], self.out_features)
+        if self._linear is not None:
+            return linear_w4a16(x, self._linear)
+        assert self._nibbles is not None
+        weights = self._nibbles.weights()
+        return F.linear(x, weights.dense(), None if weights.bias is None else weights.bias.float())
+
+
+@dataclass(frozen=True, eq=False)
+class _Nibbles:
+    """W4A16Weights with two codes a byte."""
+
+    packed: Tensor  # (O, K/2) uint8
+    scales: Tensor
+    zeros: Tensor
+    bias: Tensor | None
+    group_size: int
+
+    def weights(self) -> W4A16Weights:
+        return W4A16Weights(unpack_nibbles(self.packed), self.scales, self.zeros, self.bias, self.group_size)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from engine.checkpoints.safetensors_file import SafetensorsFile
 from engine.checkpoints.svdquant_file import read_w4a16
-from engine.layers.svdquant_linear import W4A16Linear
+from engine.jit import arch_of
+from engine.layers.svdquant_linear import PackedLinear, W4A16Linear
 from engine.text.files import Check, config_of, fill, finite, known, text_choice, whole
 
 # T5 v1.1 XXL, which FLUX uses; its files often carry no configuration.
@@ -65,17 +66,20 @@ class T5Encoder:
 
     def _exchange_4bit(self, dtype: torch.dtype, check: Check) -> list[str]:
         """Put 4-bit linears where the file has them; returns the names of the weights that are thus filled."""
+        on_card = self._device.type == "cuda"
+        arch = arch_of(*torch.cuda.get_device_capability(self._device)) if on_card else None
         filled = []
         for name, module in list(self._network.named_modules()):
             if not isinstance(module, nn.Linear) or f"{name}.qweight" not in self._file.tensors:
                 continue
             check()
-            layer = W4A16Linear(read_w4a16(self._file, name), dtype)
+            weights = read_w4a16(self._file, name, device=self._device)
+            layer = PackedLinear(weights, dtype, arch) if arch else W4A16Linear(weights, dtype)
             found, expected = (layer.out_features, layer.in_features), (module.out_features, module.in_features)
             if found != expected:
                 raise self._file.fault(f"{name}.qweight", f"expected a layer of {expected}, it is one of {found}")
             owner, _, leaf = name.rpartition(".")
-            setattr(self._network.get_submodule(owner), leaf, layer.to(self._device))
+            setattr(self._network.get_submodule(owner), leaf, layer)
             filled.append(f"{name}.weight")
         return filled
 
