@@ -14,6 +14,10 @@ RELATIVE = {
     torch.float16: 2**-10,
     torch.bfloat16: 2**-7,
 }
+# Sums of up to 12288 products in fp32, relative to the largest result: the order is free, and a tensor unit cuts
+# what it adds off at 24 bits; about sqrt(K / 16) cuts of 2^-23 add up. Beside it stands RELATIVE.
+SUMS = 1e-5
+REROUNDED = 0.03  # of the results, at most, such a difference carries across a boundary between two numbers of h
 CODES_AT_TIES = 1  # what a code may differ by where two codes are equally near
 
 

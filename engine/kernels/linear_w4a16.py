@@ -23,7 +23,7 @@ VARIANTS = {
 
 @dataclass(frozen=True, eq=False)
 class ArrangedW4A16:
-    """A weight-only linear as its kernel reads it. On a CPU `weights` is all there is; on a card there is `qweight`."""
+    """A weight-only linear as its kernel reads it. On a CPU there are only `weights`, on a card `qweight`."""
 
     dtype: torch.dtype  # h, of activations and result
     in_features: int

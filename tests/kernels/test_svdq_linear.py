@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,12 +12,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.jit import ARCHITECTURES
+from engine.kernels import svdq_linear as kernels
 from engine.reference.e2m1 import encode_e2m1
-from engine.reference.quantize_act import quantize_act_e4m3, quantize_act_int4, quantize_act_nvfp4
-from engine.reference.svdq_linear import LinearPlan, Precision, SVDQuantWeights, svdq_linear
+from engine.reference.quantize_act import (
+    ActFormat,
+    ActTarget,
+    QuantizedAct,
+    dequantize,
+    quantize_act,
+    quantize_act_e4m3,
+    quantize_act_int4,
+    quantize_act_nvfp4,
+)
+from engine.reference.svdq_linear import (
+    LOW_FRACTION,
+    Epilogue,
+    GateResidual,
+    Gelu,
+    GeluQuantize,
+    LinearPlan,
+    Plain,
+    Precision,
+    QKNormRope,
+    SVDQuantWeights,
+    svdq_linear,
+    svdq_linear_quantized,
+)
 from tests.golden import golden
+from tests.kernels.act_targets import difference, poisoned, random_target  # noqa: F401
 from tests.kernels.golden_linears import GELU_SHIFT, golden_linear
-from tests.tolerances import RELATIVE, largest_error, relative_error
+from tests.kernels.linears import differing, excess, hash_of, random_input, random_linear, target_of
+from tests.tolerances import RELATIVE, REROUNDED, largest_error, relative_error
 
 PRECISIONS: list[Precision] = ["int4", "nvfp4"]
 # Relative error of the layer's output on normal activations: 4 and 8 bit codes of them, or none.
@@ -162,3 +190,532 @@ def test_what_does_not_exist_is_refused() -> None:
     for plan in ("w4a8", "w4a16"):
         with pytest.raises(ValueError, match="public"):
             svdq_linear(torch.zeros(2, 256), weights, plan, "public")
+
+
+# ---- what a linear does with its result ------------------------------------------------------------
+
+
+def cpu_linear(plan: LinearPlan = "w4a4", n: int = 384, k: int = 128, shift: float = 0.0) -> SVDQuantWeights:
+    return random_linear("int4", n, k, 16, dtype=torch.float32, device="cpu", shift=shift)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("plan", list(PLAN_ERROR))
+def test_from_quantized_input_it_is_the_same_linear(plan: LinearPlan, precision: Precision) -> None:
+    weights, x = random_weights(precision), torch.randn(40, 256)
+    act = quantize_act(x, target_of(weights, plan, torch.float32))
+    found = svdq_linear_quantized(act, weights, plan, Plain(), dtype=torch.float32)
+    assert isinstance(found, Tensor)
+    assert relative_error(found, svdq_linear(x, weights, plan)) < 1e-5
+
+
+def test_the_epilogues_are_what_a_network_would_do_with_the_plain_result() -> None:
+    weights = cpu_linear()
+    act = random_input(weights, "w4a4", 5, torch.float32)
+
+    def run(epilogue: Epilogue) -> Tensor | QuantizedAct:
+        return svdq_linear_quantized(act, weights, "w4a4", epilogue, dtype=torch.float32)
+
+    y = run(Plain())
+    assert isinstance(y, Tensor)
+    assert torch.equal(run(Gelu()), F.gelu(y, approximate="tanh"))  # type: ignore[arg-type]
+    stream, gate = torch.randn(5, 384), torch.randn(384)
+    expected = stream + gate * y
+    assert run(GateResidual(gate, stream, out=stream)) is stream
+    assert torch.equal(stream, expected)
+    norm_q, norm_k, angle = torch.rand(128) + 0.5, torch.rand(128) + 0.5, torch.randn(5, 64)
+    q, k, v = y.chunk(3, dim=1)
+    parts = []
+    for head, weight in ((q, norm_q), (k, norm_k)):
+        turned = torch.view_as_complex(F.rms_norm(head, (128,), weight, 1e-6).unflatten(1, (64, 2)))
+        parts.append(torch.view_as_real(turned * torch.polar(torch.ones(5, 64), angle)).flatten(1))
+    joint = torch.zeros(9, 384)
+    run(QKNormRope(norm_q, norm_k, angle.cos(), angle.sin(), joint[2:7]))
+    assert largest_error(joint[2:7], torch.cat([*parts, v], dim=1)) < RELATIVE[torch.float32]
+    assert not joint[:2].any()
+    assert not joint[7:].any()
+
+
+@pytest.mark.parametrize("format", ["int4", "uint4", "e4m3", "nvfp4", "half"])
+def test_gelu_and_quantize_is_the_next_linears_quantize_act(format: ActFormat) -> None:
+    weights, target = cpu_linear(), random_target(format, 384, 16, torch.float32, "cpu")
+    act = random_input(weights, "w4a4", 5, torch.float32)
+    x = svdq_linear_quantized(act, weights, "w4a4", Gelu(), dtype=torch.float32)
+    assert isinstance(x, Tensor)
+    made = svdq_linear_quantized(act, weights, "w4a4", GeluQuantize(target, 0.0, 0.01), dtype=torch.float32)
+    assert isinstance(made, QuantizedAct)
+    expected = quantize_act(x, target)
+    assert made.low is not None
+    assert made.low.dtype == torch.int64
+    assert expected.low is not None
+    assert largest_error(made.low * 2.0**-LOW_FRACTION, expected.low) < 1e-6
+    if format == "e4m3":  # one scale for all rows, fixed beforehand
+        assert made.scales is not None
+        assert torch.equal(made.scales, torch.full((5,), 0.01))
+        inside = x / target.smooth_factor
+        assert relative_error(dequantize(made), inside.clamp(-4.48, 4.48)) < 0.04
+    else:
+        assert torch.equal(made.codes, expected.codes)
+        assert made.scales is None or torch.equal(made.scales, expected.scales)  # type: ignore[arg-type]
+
+
+def test_silent_ranks_are_not_read() -> None:
+    """A LoRA at strength 0: its low-rank activations may hold anything."""
+    weights = random_linear("int4", 64, 64, 48, dtype=torch.float32, device="cpu")
+    act = random_input(weights, "w4a4", 3, torch.float32)
+    assert act.low is not None
+    base = replace(weights, proj_down=weights.proj_down[:, :32], proj_up=weights.proj_up[:, :32])
+    expected = svdq_linear_quantized(replace(act, low=act.low[:, :32]), base, "w4a4", Plain(), dtype=torch.float32)
+    act.low[:, 32:] = torch.nan
+    scales = torch.tensor([1.0, 1.0, 0.0])
+    found = svdq_linear_quantized(act, weights, "w4a4", Plain(), dtype=torch.float32, rank_scales=scales)
+    assert isinstance(found, Tensor)
+    assert largest_error(found, expected) < 1e-6  # type: ignore[arg-type]
+
+
+def test_on_a_cpu_the_wrapper_is_the_reference_and_carries_branches() -> None:
+    weights = cpu_linear()
+    linear = kernels.arrange(weights, "w4a16", torch.float32, None)
+    act = random_input(weights, "w4a16", 4, torch.float32)
+    expected = svdq_linear_quantized(act, weights, "w4a16", Plain(), dtype=torch.float32)
+    assert torch.equal(kernels.svdq_linear(act, linear, Plain()), expected)  # type: ignore[arg-type]
+    down, up = torch.randn(128, 32), torch.randn(384, 32)
+    branched = kernels.with_branches(linear, up, torch.tensor([1.0, 2.0, 0.5]))
+    x = dequantize(act) * weights.smooth_factor
+    assert act.low is not None
+    both = replace(act, low=torch.cat([act.low, x @ down], dim=1))
+    found = kernels.svdq_linear(both, branched, Plain())
+    scaled = down * torch.tensor([2.0, 0.5]).repeat_interleave(16)
+    assert isinstance(found, Tensor)
+    assert isinstance(expected, Tensor)
+    assert relative_error(found, expected + x @ scaled @ up.T) < 1e-5
+
+
+# ---- the order in which kernels read weights -------------------------------------------------------
+
+
+def test_records_of_w4a4_hold_codes_and_scales_where_the_kernel_looks() -> None:
+    weights = random_linear("int4", 200, 192, 16, device="cpu")
+    linear = kernels.arrange(weights, "w4a4", torch.bfloat16, "86")
+    assert linear.qweight is not None
+    assert tuple(linear.qweight.shape) == (2, 3, 4352)
+    assert linear.outer is None
+    for n, k in [(0, 0), (199, 191), (77, 130), (128, 63), (9, 64)]:
+        j, g, q = n % 128 // 8, n % 8, k % 32 // 8
+        record = linear.qweight[n // 128, k // 64]
+        word = record[:4096].view(torch.int32).view(8, 32, 4)[j // 2, 4 * g + q, 2 * (j % 2) + k % 64 // 32]
+        assert int(word) >> (4 * (k % 8)) & 15 == int(weights.codes[n, k]) & 15
+        scales = record[4096:].view(torch.bfloat16).view(4, 4, 4, 2)
+        assert scales[j // 4, n % 8 // 2, j % 4, n % 2] == weights.wscales[n, k // 64]
+    assert not linear.qweight[1, :, :4096].view(3, 8, 32, 4, 4)[:, 5:].any()  # rows from 208 on are filled up
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_records_of_w4a16_hold_codes_and_scales_where_the_kernel_looks(precision: Precision) -> None:
+    weights = random_linear(precision, 200, 192, 16, device="cpu")
+    linear = kernels.arrange(weights, "w4a16", torch.bfloat16, "90a")
+    assert linear.qweight is not None
+    for n, k in [(0, 0), (199, 191), (77, 130), (128, 63), (9, 64), (35, 24)]:
+        j, g, q = n % 128 // 8, n % 8, k % 8 // 2
+        record = linear.qweight[n // 128, k // 64]
+        step = k % 64 // 32
+        word = record[:4096].view(torch.int32).view(2, 4, 32, 4)[step, j // 4, 4 * g + q, j % 4]
+        code = int(word) >> (16 * (k % 2) + 4 * (k % 32 // 8)) & 15
+        if precision == "int4":
+            assert code == int(weights.codes[n, k]) + 8
+            assert record[4096:].view(torch.bfloat16).view(2, 8, 8)[j // 8, g, j % 8] == weights.wscales[n, k // 64]
+            continue
+        wide = int(record[4096:].view(2, 2, 8, 8, 2)[step, j // 8, g, j % 8, k % 32 // 16])
+        scale = float(weights.wscales[n, k // 16])
+        if scale:
+            assert code == int(weights.codes[n, k])
+            assert 2.0 ** (wide // 8 - 10) * (1 + wide % 8 / 8) == scale
+        else:
+            assert code == wide == 0
+
+
+def test_every_e4m3_scale_has_a_wide_one() -> None:
+    bits = torch.arange(127, dtype=torch.uint8).view(1, -1).repeat(8, 1)[:, :124]
+    weights = SVDQuantWeights(
+        "nvfp4",
+        torch.ones(8, 124 * 16, dtype=torch.uint8),
+        bits.view(torch.float8_e4m3fn),
+        torch.ones(124 * 16),
+        None,
+        torch.zeros(124 * 16, 0),
+        torch.zeros(8, 0),
+    )
+    linear = kernels.arrange(weights, "w4a16", torch.bfloat16, "90a")
+    assert linear.qweight is not None
+    wide = linear.qweight[0, :, 4096:].reshape(-1, 2, 8, 8, 2)[:, 0, 3, 0].flatten()  # tile 0, column 3
+    values = torch.exp2((wide // 8).float() - 10) * (1 + wide % 8 / 8)
+    values[0] = 0  # its codes are 0 instead
+    assert torch.equal(values, bits[3].view(torch.float8_e4m3fn).float())
+
+
+def test_small_scales_stay_exact_in_fp16() -> None:
+    """bf16 files on an fp16 card: scales below fp16's normal range are moved up, and `outer` takes it back."""
+    weights = random_linear("int4", 128, 64, 0, device="cpu")
+    weights = replace(weights, wscales=weights.wscales * 2**-18)
+    linear = kernels.arrange(weights, "w4a4", torch.float16, "75")
+    assert linear.qweight is not None
+    assert linear.outer is not None
+    scales = linear.qweight[0, 0, 4096:].view(torch.float16).view(4, 4, 4, 2).permute(0, 2, 1, 3).flatten().float()
+    assert torch.equal(scales * linear.outer, weights.wscales[:, 0].float())
+
+
+def test_what_no_kernel_takes_is_refused_when_it_is_arranged() -> None:
+    weights = random_linear("int4", 128, 64, 16, device="cpu")
+    with pytest.raises(ValueError, match="sm_75"):
+        kernels.arrange(weights, "w4a16", torch.bfloat16, "75")
+    with pytest.raises(ValueError, match="sm_100a"):
+        kernels.arrange(weights, "w4a8", torch.bfloat16, "100a")
+    with pytest.raises(ValueError, match="w4a8 of nvfp4"):
+        kernels.arrange(random_linear("nvfp4", 128, 64, 16, device="cpu"), "w4a8", torch.bfloat16, "90a")
+    odd = replace(weights, proj_down=weights.proj_down[:, :8], proj_up=weights.proj_up[:, :8])
+    with pytest.raises(ValueError, match="rank 8"):
+        kernels.arrange(odd, "w4a4", torch.bfloat16, "86")
+    linear = kernels.arrange(weights, "w4a4", torch.bfloat16, "86")
+    with pytest.raises(ValueError, match=r"\(64, 16\)"):
+        kernels.with_branches(linear, torch.zeros(64, 16), torch.ones(2))
+    with pytest.raises(ValueError, match=r"\(3,\)"):
+        kernels.with_branches(linear, torch.zeros(128, 16), torch.ones(3))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_architecture_has_kernels_for_every_file(arch: str) -> None:
+    sources = {variant.source for variant in kernels.variants(arch)}
+    assert "svdq_linear.w4a16" in sources
+    assert len(set(kernels.variants(arch))) == len(kernels.variants(arch))
+
+
+# ---- on a card: as the reference, fed the same codes -----------------------------------------------
+
+H = {"bf16": torch.bfloat16, "fp16": torch.float16}
+CASES: dict[str, tuple[LinearPlan, Precision, float]] = {
+    "w4a4": ("w4a4", "int4", 0.0),
+    "w4a4-shifted": ("w4a4", "int4", GELU_SHIFT),
+    "w4a16-int4": ("w4a16", "int4", 0.0),
+    "w4a16-nvfp4": ("w4a16", "nvfp4", 0.0),
+}
+FLUX = [(9216, 3072), (3072, 3072), (12288, 3072), (3072, 12288)]
+MINI = [(1536, 512), (512, 512), (2048, 512), (512, 2048)]
+ODD = [(200, 192), (72, 64), (136, 320)]
+every_case = pytest.mark.parametrize("case", list(CASES))
+every_h = pytest.mark.parametrize("h", list(H))
+
+
+@cache
+def on_card(
+    case: str, h: str, n: int, k: int, rank: int = 32
+) -> tuple[SVDQuantWeights, kernels.ArrangedLinear, LinearPlan]:
+    plan, precision, shift = CASES[case]
+    weights = random_linear(precision, n, k, rank, dtype=H[h], shift=shift)
+    return weights, kernels.arrange(weights, plan, H[h], _arch()), plan
+
+
+def _arch() -> str:
+    from engine.jit import current_arch
+
+    return current_arch()
+
+
+def both_ways(
+    case: str,
+    h: str,
+    m: int,
+    n: int,
+    k: int,
+    epilogue: Callable[[], Epilogue] = Plain,
+    *,
+    rank: int = 32,
+    fixed: bool = False,
+) -> tuple[Tensor | QuantizedAct, Tensor | QuantizedAct]:
+    """What the kernel makes, and the reference of the same codes. `epilogue` is asked twice: it may hold an out."""
+    weights, linear, plan = on_card(case, h, n, k, rank)
+    act = random_input(weights, plan, m, H[h], fixed=fixed)
+    found = kernels.svdq_linear(act, linear, epilogue())
+    expected = svdq_linear_quantized(act, weights, plan, epilogue(), dtype=H[h])
+    return found, expected
+
+
+def assert_as_reference(found: Tensor | QuantizedAct, expected: Tensor | QuantizedAct) -> None:
+    assert isinstance(found, Tensor)
+    assert isinstance(expected, Tensor)
+    assert found.shape == expected.shape
+    assert excess(found, expected) <= 1
+    assert found.numel() < 10_000 or differing(found, expected) < REROUNDED
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@every_case
+@every_h
+@pytest.mark.parametrize("m", [1, 7, 256, 4096, 4608, 4613])
+def test_on_a_card_flux_shapes_are_the_references(case: str, h: str, m: int) -> None:
+    for n, k in FLUX:
+        assert_as_reference(*both_ways(case, h, m, n, k))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@every_case
+@every_h
+def test_on_a_card_small_and_odd_shapes_are_the_references(case: str, h: str) -> None:
+    for n, k in MINI + ODD:
+        for m in (1, 16, 77, 128, 129, 256, 333):
+            assert_as_reference(*both_ways(case, h, m, n, k))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@every_case
+@pytest.mark.parametrize("rank", [0, 16, 32, 80, 128, 1024])
+@pytest.mark.parametrize("fixed", [False, True], ids=["fp32", "integers"])
+def test_on_a_card_any_rank(case: str, rank: int, fixed: bool) -> None:
+    assert_as_reference(*both_ways(case, "bf16", 300, 640, 512, rank=rank, fixed=fixed))
+
+
+@pytest.mark.gpu
+@every_case
+def test_on_a_card_low_rank_activations_may_be_columns_of_wider_ones(case: str) -> None:
+    weights, linear, plan = on_card(case, "bf16", 512, 512)
+    act = random_input(weights, plan, 100, torch.bfloat16)
+    wide = torch.full((100, 96), torch.nan, device="cuda")
+    wide[:, 48:80] = act.low
+    found = kernels.svdq_linear(replace(act, low=wide[:, 48:80]), linear, Plain())
+    assert torch.equal(found, kernels.svdq_linear(act, linear, Plain()))  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@every_case
+@every_h
+@pytest.mark.parametrize(("m", "c"), [(77, 512), (256, 512), (4613, 3072)])
+def test_on_a_card_q_and_k_are_normed_and_turned_into_their_place(case: str, h: str, m: int, c: int) -> None:
+    norm_q, norm_k = (0.5 + torch.rand(128, device="cuda") for _ in range(2))
+    angle = 6 * torch.rand(m, 64, device="cuda")
+    joints = []
+
+    def epilogue() -> QKNormRope:
+        joints.append(torch.full((m + 40, 3 * c), 7.0, dtype=H[h], device="cuda"))
+        return QKNormRope(norm_q, norm_k, angle.cos(), angle.sin(), joints[-1][30 : 30 + m])
+
+    assert_as_reference(*both_ways(case, h, m, 3 * c, c, epilogue))
+    assert_as_reference(joints[0], joints[1])
+    assert bool((joints[0][:30] == 7).all())
+    assert bool((joints[0][30 + m :] == 7).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@every_case
+@every_h
+@pytest.mark.parametrize("in_place", [False, True], ids=["apart", "in place"])
+@pytest.mark.parametrize("gate_type", ["h", "fp32"])
+def test_on_a_card_the_gated_result_is_added(case: str, h: str, in_place: bool, gate_type: str) -> None:
+    for m, n, k in [(333, 512, 2048), (77, 200, 192), (4608, 3072, 3072)]:
+        stream = torch.randn(m, n, device="cuda").to(H[h])
+        gate = torch.randn(n, device="cuda").to(torch.float32 if gate_type == "fp32" else H[h])
+
+        def epilogue(stream: Tensor = stream, gate: Tensor = gate) -> GateResidual:
+            residual = stream.clone()
+            return GateResidual(gate, residual, residual if in_place else None)
+
+        assert_as_reference(*both_ways(case, h, m, n, k, epilogue, fixed=True))
+
+
+@pytest.mark.gpu
+def test_on_a_card_an_fp16_residual_stream_stays_in_range() -> None:
+    stream = torch.full((64, 512), 65000.0, dtype=torch.float16, device="cuda")
+    stream[1::2] = -65000.0
+    gate = torch.full((512,), 30000.0, device="cuda")
+    found, expected = both_ways("w4a16-int4", "fp16", 64, 512, 512, lambda: GateResidual(gate, stream))
+    assert isinstance(found, Tensor)
+    assert bool(found.isfinite().all())
+    assert float(found.max()) == 65504.0
+    assert float(found.min()) == -65504.0
+    assert_as_reference(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@every_case
+@every_h
+def test_on_a_card_gelu(case: str, h: str) -> None:
+    assert_as_reference(*both_ways(case, h, 333, 2048, 512, Gelu))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@every_case
+@every_h
+@pytest.mark.parametrize("format", ["int4", "uint4", "e4m3", "nvfp4", "half"])
+def test_on_a_card_gelu_and_quantize_is_bit_for_bit_what_comes_apart(case: str, h: str, format: ActFormat) -> None:
+    for m, n, k in [(333, 2048, 512), (5, 192, 192), (1100, 12288, 3072)]:
+        target = random_target(format, n, 48, H[h], "cuda", silent=(1,))
+        weights, linear, plan = on_card(case, h, n, k)
+        act = random_input(weights, plan, m, H[h])
+        x = kernels.svdq_linear(act, linear, Gelu())
+        assert isinstance(x, Tensor)
+        made = kernels.svdq_linear(act, linear, GeluQuantize(target, 0.25, 0.01))
+        assert isinstance(made, QuantizedAct)
+        if format == "e4m3":
+            codes, scales = quantize_act_e4m3(x, target.smooth_factor, scale=torch.full((m,), 0.26, device="cuda"))
+            expected = QuantizedAct(format, codes.view(torch.uint8), scales, None)
+        else:
+            expected = quantize_act(x, target)
+        apart = difference(replace(made, low=None), replace(expected, low=None))
+        assert apart.steps == 0
+        assert apart.scales == 0.0
+        assert made.low is not None
+        exact = x.double() @ target.proj_down.double()
+        low = made.low.double() * 2.0**-LOW_FRACTION
+        assert bool((made.low[:, 16:32] == 0).all())  # a scale of 0: not computed
+        for ranks in (slice(0, 16), slice(32, 48)):
+            assert largest_error(low[:, ranks], exact[:, ranks]) < 1e-5
+        reference = svdq_linear_quantized(act, weights, plan, GeluQuantize(target, 0.25, 0.01), dtype=H[h])
+        assert isinstance(reference, QuantizedAct)
+        assert difference(made, reference).fraction < REROUNDED
+
+
+@pytest.mark.gpu
+@every_case
+@pytest.mark.parametrize("end", ["plain", "gelu", "qk_norm_rope", "gate_residual", "gelu_quantize"])
+def test_on_a_card_fifty_runs_have_one_result(case: str, end: str) -> None:
+    m, n, k = 1111, 1536, 3072
+    weights, linear, plan = on_card(case, "bf16", n, k)
+    act = random_input(weights, plan, m, torch.bfloat16)
+    angle, norm = torch.rand(m, 64, device="cuda"), torch.rand(128, device="cuda")
+    stream = torch.randn(m, n, device="cuda").bfloat16()
+    epilogue: Epilogue = {
+        "plain": Plain(),
+        "gelu": Gelu(),
+        "qk_norm_rope": QKNormRope(norm, norm, angle.cos(), angle.sin()),
+        "gate_residual": GateResidual(torch.rand(n, device="cuda"), stream),
+        "gelu_quantize": GeluQuantize(random_target("uint4", n, 32, torch.bfloat16, "cuda")),
+    }[end]
+    assert len({hash_of(kernels.svdq_linear(act, linear, epilogue)) for _ in range(50)}) == 1
+
+
+@pytest.mark.gpu
+@every_case
+def test_on_a_card_loras_at_strength_0_change_no_bit(case: str) -> None:
+    weights, linear, plan = on_card(case, "bf16", 1536, 512)
+    act = random_input(weights, plan, 333, torch.bfloat16)
+    assert act.low is not None
+    expected = kernels.svdq_linear(act, linear, Plain())
+    for loras in (1, 8):
+        scales = torch.tensor([1.0, 1.0] + [0.0] * loras, device="cuda")
+        branched = kernels.with_branches(linear, torch.randn(1536, 16 * loras, device="cuda"), scales)
+        low = torch.full((333, 32 + 16 * loras), torch.nan, device="cuda")
+        low[:, :32] = act.low
+        found = kernels.svdq_linear(replace(act, low=low), branched, Plain())
+        assert torch.equal(found, expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@every_case
+def test_on_a_card_loras_have_strengths_of_their_own_read_when_the_kernel_runs(case: str) -> None:
+    weights, linear, plan = on_card(case, "bf16", 1536, 512)
+    act = random_input(weights, plan, 100, torch.bfloat16)
+    up = torch.randn(1536, 48, device="cuda").bfloat16()
+    scales = torch.tensor([1.0, 1.0, 0.5, -2.0, 0.0], device="cuda")
+    branched = kernels.with_branches(linear, up, scales)
+    low = torch.cat([act.low, torch.randn(100, 48, device="cuda")], dim=1)  # type: ignore[list-item]
+    logical = replace(
+        weights,
+        proj_up=torch.cat([weights.proj_up, up], dim=1),
+        proj_down=torch.cat([weights.proj_down, weights.proj_down.new_zeros(512, 48)], dim=1),
+    )
+    for _ in range(2):
+        found = kernels.svdq_linear(replace(act, low=low), branched, Plain())
+        expected = svdq_linear_quantized(
+            replace(act, low=low), logical, plan, Plain(), dtype=torch.bfloat16, rank_scales=scales
+        )
+        assert_as_reference(found, expected)
+        scales[2:] = torch.tensor([0.0, 1.5, 3.0], device="cuda")
+
+
+@pytest.mark.gpu
+def test_on_a_card_the_shift_is_part_of_w4a4_and_taken_out_of_the_bias_elsewhere() -> None:
+    """One fc2 by two plans: each near the dense linear, and only w4a4 with the stored bias and shifted codes."""
+    plain = random_linear("int4", 512, 2048, 32, shift=0.0)
+    assert plain.bias is not None
+    folded = plain.bias.float() - GELU_SHIFT * (plain.residual() / plain.smooth_factor.float()).sum(1)
+    weights = replace(plain, bias=folded.bfloat16(), input_shift=GELU_SHIFT)
+    x = F.gelu(torch.randn(64, 2048, device="cuda"), approximate="tanh").bfloat16()
+    truth = dense(x.float(), weights)
+    for plan, most in (("w4a4", 0.14), ("w4a16", 0.01)):
+        linear = kernels.arrange(weights, plan, torch.bfloat16, _arch())  # type: ignore[arg-type]
+        act = quantize_act(x, target_of(weights, plan, torch.bfloat16))  # type: ignore[arg-type]
+        assert act.format == linear.format == ("uint4" if plan == "w4a4" else "half")
+        y = kernels.svdq_linear(act, linear, Plain())
+        assert isinstance(y, Tensor)
+        assert relative_error(y, truth) < most
+
+
+@pytest.mark.gpu
+def test_on_a_card_outer_scales_do_not_touch_the_low_rank_branch() -> None:
+    weights = replace(random_linear("nvfp4", 256, 256, 32), bias=None)
+    silent = replace(weights, wcscales=torch.zeros(256, device="cuda").bfloat16())
+    linear = kernels.arrange(silent, "w4a16", torch.bfloat16, _arch())
+    act = random_input(silent, "w4a16", 40, torch.bfloat16)
+    assert act.low is not None
+    y = kernels.svdq_linear(act, linear, Plain())
+    assert isinstance(y, Tensor)
+    assert_as_reference(y, (act.low.bfloat16().float() @ silent.proj_up.float().T).bfloat16())
+
+
+@pytest.mark.gpu
+def test_on_a_card_nvfp4_weights_are_exact_in_w4a16() -> None:
+    """One in channel at a time: every product of a code and a scale comes out as it is, in bf16 and in fp16."""
+    bits = torch.arange(128, dtype=torch.uint8)[:126]
+    codes = torch.arange(16, dtype=torch.uint8)
+    weights = SVDQuantWeights(
+        "nvfp4",
+        codes.repeat(126 * 16).view(126, 16, 16).permute(0, 2, 1).reshape(126 * 16, 16).repeat(1, 4).cuda(),
+        bits.view(-1, 1, 1).expand(126, 16, 4).reshape(126 * 16, 4).contiguous().view(torch.float8_e4m3fn).cuda(),
+        torch.ones(64).cuda(),
+        None,
+        torch.zeros(64, 0).cuda(),
+        torch.zeros(126 * 16, 0).cuda(),
+    )
+    for dtype in H.values():
+        linear = kernels.arrange(weights, "w4a16", dtype, _arch())
+        act = QuantizedAct("half", torch.eye(64, dtype=dtype, device="cuda"), None, None)
+        y = kernels.svdq_linear(act, linear, Plain())
+        assert torch.equal(y, weights.residual().T.to(dtype))  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+def test_on_a_card_bad_calls_say_their_numbers_before_anything_runs() -> None:
+    weights, linear, plan = on_card("w4a4", "bf16", 512, 512)
+    act = random_input(weights, plan, 8, torch.bfloat16)
+    run = kernels.svdq_linear
+    with pytest.raises(ValueError, match="width 512"):
+        run(random_input(on_card("w4a4", "bf16", 512, 2048)[0], plan, 8, torch.bfloat16), linear, Plain())
+    with pytest.raises(ValueError, match=r'"int4".*"half"'):
+        run(random_input(weights, "w4a16", 8, torch.bfloat16), linear, Plain())
+    with pytest.raises(ValueError, match="rank 32"):
+        run(replace(act, low=None), linear, Plain())
+    with pytest.raises(ValueError, match=r"\(8, 512\)"):
+        run(act, linear, Plain(torch.empty(8, 511, dtype=torch.bfloat16, device="cuda")))
+    with pytest.raises(ValueError, match="float16"):
+        run(act, linear, Plain(torch.empty(8, 512, dtype=torch.float16, device="cuda")))
+    with pytest.raises(ValueError, match=r"\(1, 8\)"):
+        run(act, linear, Plain(torch.empty(512, 8, dtype=torch.bfloat16, device="cuda").T))
+    with pytest.raises(ValueError, match="gate"):
+        run(act, linear, GateResidual(torch.ones(8, device="cuda"), torch.zeros(8, 512, device="cuda").bfloat16()))
+    table = torch.zeros(8, 64, device="cuda")
+    with pytest.raises(ValueError, match="512 rows"):
+        run(act, linear, QKNormRope(table[0], table[0], table, table))
+    with pytest.raises(ValueError, match="width 256"):
+        run(act, linear, GeluQuantize(random_target("int4", 256, 16, torch.bfloat16, "cuda")))
+    bare = ActTarget("int4", torch.ones(512), torch.zeros(512, 16).bfloat16(), torch.ones(1))
+    with pytest.raises(ValueError, match="not arranged"):
+        run(act, linear, GeluQuantize(bare))
+    with pytest.raises(ValueError, match="cpu"):
+        run(replace(act, codes=act.codes.cpu()), linear, Plain())
+    none = kernels.svdq_linear(random_input(weights, plan, 0, torch.bfloat16), linear, Plain())
+    assert tuple(none.shape) == (0, 512)  # type: ignore[union-attr]
