@@ -26,7 +26,7 @@ from engine.layers.fused_linear import FusedLinear, fits_kernels, share_input
 from engine.layers.linear import BranchedLinear, Linear
 from engine.layers.norms import RMSNorm
 from engine.layers.svdquant_linear import LayerPlan, PackedLinear, SVDQuantLinear, W4A16Linear
-from engine.models.flux import Flux, FluxConfig, scale_splits
+from engine.models.flux import DoubleBlock, Flux, FluxConfig, SingleBlock, scale_splits
 from engine.problems import bad_file
 
 FAMILY = "flux"
@@ -145,12 +145,24 @@ def load_flux(
         if on_progress is not None:
             on_progress(index / len(layers))
         reader.fill(names)
-    for block in network.single_blocks:
-        share_input(block.qkv, block.fc1)  # type: ignore[arg-type]
-    network.one_at_a_time = any(isinstance(module, FusedLinear) for module in network.modules())
+    _join(network)
     if on_progress is not None:
         on_progress(1.0)
     return network.requires_grad_(False).eval()
+
+
+def _join(network: Flux) -> None:
+    """Tell linears what they have in common with others, now that all are loaded."""
+    readers: dict[nn.Module, BranchedLinear] = {}
+    for block in network.blocks():
+        if isinstance(block, SingleBlock):
+            share_input(block.qkv, block.fc1)
+        for mlp in (block.image, block.text) if isinstance(block, DoubleBlock) else (block,):
+            readers[mlp.fc1] = mlp.fc2
+    fused = [module for module in network.modules() if isinstance(module, FusedLinear)]
+    for linear in fused:
+        linear.feeds(readers.get(linear))
+    network.one_at_a_time = bool(fused)
 
 
 def check_flux(file: SafetensorsFile) -> FluxConfig:
@@ -365,6 +377,18 @@ def lora_targets(network: Flux) -> dict[str, list[LoraTarget]]:
             target = LoraTarget(names.name, (index * rows, (index + 1) * rows), columns, names.has_bias)
             targets.setdefault(module, []).append(target)
     return targets
+
+
+def stored_plans(file: SafetensorsFile, config: FluxConfig, plan: LayerPlan) -> dict[str, int]:
+    """How many linears of a file would run by which plan, by its header alone; as `plan_counts` of the network."""
+    counts: dict[str, int] = {}
+    for names in linears_of(config):
+        quantized = any(
+            prefix and f"{prefix}.qweight" in file.tensors for prefix in (names.public, names.public_v2)
+        )
+        runs = "bf16" if not quantized else "w4a16" if names.kind == "modulation" else plan
+        counts[runs] = counts.get(runs, 0) + 1
+    return counts
 
 
 def plan_counts(network: Flux) -> dict[str, int]:

@@ -13,6 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from engine.kernels._fused_scale import fused_gelu_scale, gelu_reach
 from engine.kernels.quantize_act import arrange_target, quantize_act
 from engine.kernels.svdq_linear import ArrangedLinear, arrange, source_of, svdq_linear, with_branches
 from engine.layers.linear import RANK_STEP, Act, BranchedLinear, LowRankBranches
@@ -72,6 +73,8 @@ class FusedLinear(BranchedLinear):
         )
         self.layout = Layout(linear, arrange_target(target), slice(0, self.rank))
         self.own_layout = self.layout  # the one without LoRAs
+        self._reach = gelu_reach(weights) if self.plan == "w4a8" else None
+        self._gelu_scale = (0.0, 1.0)
 
     @property
     def target(self) -> ActTarget:
@@ -82,10 +85,16 @@ class FusedLinear(BranchedLinear):
 
     def gelu(self, x: Act, reader: BranchedLinear) -> Act:
         if isinstance(reader, FusedLinear) and reader.plan == self.plan:
-            made = svdq_linear(self.read(x), self.layout.linear, GeluQuantize(reader.target))
+            made = svdq_linear(self.read(x), self.layout.linear, GeluQuantize(reader.target, *self._gelu_scale))
             assert isinstance(made, QuantizedAct)
             return made
         return self._run(x, Gelu())
+
+    def feeds(self, reader: BranchedLinear | None) -> None:
+        """Told once, when all is loaded: who reads this one's GELU, which decides how it is scaled under w4a8."""
+        if self._reach is not None and isinstance(reader, FusedLinear) and reader.plan == self.plan:
+            self._gelu_scale = fused_gelu_scale(self._reach, reader.target.smooth_factor)
+        self._reach = None
 
     def write_qkv(self, out: Tensor, x: Act, norm_q: Tensor, norm_k: Tensor, table: tuple[Tensor, Tensor]) -> None:
         """Write q | k | v into `out` (L, 3C): q and k normed by (D,) weights, turned by `table`, (L, D/2) each."""

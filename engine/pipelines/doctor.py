@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.device import OLDEST_ARCH, PLANS_WITH_KERNELS, best_plan
+from engine.device import OLDEST_ARCH, best_plan, cuda_problem
 from engine.folders import list_models
 from engine.monitor import Monitor, cpu_name, cpu_threads
 
@@ -29,21 +29,6 @@ def look_at_machine() -> dict[str, Any]:
         )
         if card.arch < OLDEST_ARCH:
             problems.append(_problem(f"{card.name} is older than sm_75.", "Pictures are made on the processor."))
-        missing = sorted({plan for plan in plans.values() if plan != "w4a16" and plan not in PLANS_WITH_KERNELS})
-        if not PLANS_WITH_KERNELS:
-            problems.append(
-                _problem(
-                    f"Pictures are made on the processor, not by {card.name}: this version has no kernels.",
-                    f"Update Tonfa when a version with kernels is out; the device cuda:{card.index} tries it now.",
-                )
-            )
-        elif missing:
-            problems.append(
-                _problem(
-                    f"This version has no kernels for {' and '.join(missing)} yet; {card.name} runs w4a16.",
-                    "Update Tonfa when a version with kernels is out.",
-                )
-            )
     if not gpus:
         problems.append(
             _problem(
@@ -51,8 +36,8 @@ def look_at_machine() -> dict[str, Any]:
                 "If there is one, install NVIDIA's driver.",
             )
         )
-    else:
-        problems += _torch_problems(sample.gpus[0].driver)
+    elif wrong := cuda_problem(sample.gpus):
+        problems.append(_problem(f"{wrong} Pictures are made on the processor.", _mend(wrong)))
     for model in list_models():
         if model.problem:
             problems.append(_problem(f"The model {model.name} cannot be used.", model.problem))
@@ -67,16 +52,8 @@ def look_at_machine() -> dict[str, Any]:
     }
 
 
-def _torch_problems(driver: str) -> list[dict[str, str]]:
-    import torch
-
-    if torch.version.cuda is None:
-        return [_problem("This installation of torch is for the CPU only.", "Run the installer again.")]
-    if not torch.cuda.is_available():
-        return [
-            _problem(f"The driver {driver} is too old for CUDA {torch.version.cuda}.", "Update NVIDIA's driver.")
-        ]
-    return []
+def _mend(wrong: str) -> str:
+    return "Update NVIDIA's driver." if "driver" in wrong else "Run the installer again."
 
 
 def _problem(what: str, todo: str) -> dict[str, str]:
