@@ -1,19 +1,19 @@
 // svdq_linear.w4a8_sm90: e4m3 activations x 4-bit integer weights by wgmma, then everything that epilogue.cuh says.
 //
-//   act      (M, K)  uint8  e4m3 activations, row-major; K a multiple of 64
-//   ascales  (M)     fp32   one scale a token
-//   weights  (N/128, K/128) records, N rounded up to 128, K to 256: for each of two groups of 64 in-channels 4096 bytes of codes (A fragments of
-//            wgmma, 16 bytes a lane), then 128 group scales a group; pack_w4a8_sm90 in engine/kernels/_arrange_w4a8.py
-//   outer    (N to 128) fp32  what a channel's sum is multiplied by: wtscale, wcscales and the 2^9 of e4m3.cuh
-// Work:   a block owns a tile of 128 tokens x 128 channels after the other. Four warps bring activations (cp.async, swizzled, zeros
-//         below the last token) and weights (bulk copies) through a ring of stages of 128 in-channels; two warpgroups own 64
-//         channels each, as rows of A in registers: a group scale is then one number for a row of sums, and unpacked weights never
-//         touch shared memory, whose bandwidth is what 128 x 128 tiles from shared memory alone run out of. Sums of one group run in wgmma
-//         while those of the group before are scaled into the accumulators. In the end the tile is turned through shared memory, so that
-//         each warp has 16 tokens x 128 channels.
-// Launch: grid up to one block per SM, block 384, shared memory SHARED_BYTES.
+//   act      (M, K)          uint8  e4m3, K a multiple of 64
+//   ascales  (M)             fp32   one scale per row
+//   weights  (N/128, K/128)  records (pack_w4a8_sm90 in engine/kernels/_arrange_w4a8.py), N filled up to 128, K to 256:
+//              codes   (2, 8, 32, 4) words: group of 64 k, warp, lane, {rows g and g + 8 at k 0..31, then at k 32..63}
+//              scales  (2, 64, 2): group, row, the row and the one 8 below
+//   outer    (N to 128)      fp32   wtscale x wcscales and what e4m3.cuh asks for, per out channel
+// Work:   a block makes tiles of 128 tokens x 128 channels, one after the other. Four warps bring activations (cp.async, zeros
+//         below the last token) and weights (bulk copies) through a ring of stages of 128 in-channels. Two warpgroups have 64
+//         channels each, as rows of A in registers: a group scale is then one number for a row of sums, and unpacked codes
+//         never touch shared memory, whose bandwidth would be spent twice. A group's sums run in wgmma while those of the
+//         group before are scaled. In the end the tile is turned through shared memory: 16 tokens x 128 channels a warp.
+// Launch: grid up to one block per SM, block 384, shared memory sizeof(Shared).
 // Limits: 168 registers (232 and 40 once the warps have shared them), 219232 bytes of shared memory
-// Bound:  wgmma e4m3; the scaling is 64 FMAs for 2 wgmmas in each warp.
+// Bound:  wgmma e4m3; the scaling is 64 FMAs a warp for two wgmmas.
 // Truth:  engine/reference/svdq_linear.py
 #include "common/cp_async.cuh"
 #include "common/e4m3.cuh"
@@ -68,7 +68,8 @@ __device__ __forceinline__ void load_tiles(Shared& shared, const u8* act, const 
       barrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
       if (thread == 0) {
         barrier_expect(&shared.full[ring.stage], RECORD_BYTES);
-        bulk_copy(shared.weights[ring.stage], record + size_t(step) * RECORD_BYTES, RECORD_BYTES, &shared.full[ring.stage]);
+        bulk_copy(shared.weights[ring.stage], record + size_t(step) * RECORD_BYTES, RECORD_BYTES,
+                  &shared.full[ring.stage]);
       }
       const bool inside = step * STEP + 16 * chunk < k;
 #pragma unroll

@@ -1,9 +1,10 @@
 """svdq_linear.nvfp4 without the card it is for: what its lanes would compute, from the tensors they would read.
 
 Written from the PTX ISA: "Matrix fragments for mma.m16n8k64" (4-bit types) and "Block scaling for mma.sync", and
-its figures on thread-id and byte-id. With kind::mxf4nvf4, scale_vec::4X and selectors {0, 0}: lane = 4 g + q, a word of
-scales is its four e4m3 bytes in order of k; the scales of row g come from the lane with q = 0, of row g + 8 from q = 1,
-those of column g from q = 0. CUTLASS has the same: MMA_Traits<SM120::BLOCKSCALED::SM120_16x8x64_TN_VS>.
+its figures on thread-id and byte-id. With kind::mxf4nvf4, scale_vec::4X and selectors {0, 0}: lane = 4 g + q, a
+word of scales is its four e4m3 bytes in order of k; the scales of row g come from the lane with q = 0, of row g +
+8 from q = 1, those of column g from q = 0. CUTLASS has the same:
+MMA_Traits<SM120::BLOCKSCALED::SM120_16x8x64_TN_VS>.
 """
 
 from __future__ import annotations
