@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from engine.jit import Variant
+from engine.kernels import _quantize_rows
 from engine.reference import modulate_quantize as reference
 from engine.reference.quantize_act import ActTarget, QuantizedAct
 
@@ -12,6 +14,13 @@ def modulate_quantize(x: Tensor, shift: Tensor, scale: Tensor, target: ActTarget
     """Quantize h(LayerNorm(x) * scale + shift) as `target` says, and multiply it by target.proj_down.
 
     x: (M, K) h; shift, scale: (K,) h, scale already contains its 1.
-    Returns codes, scales and low as `QuantizedAct` lays them out. CPU tensors go to the reference.
+    Returns codes, scales and low as `QuantizedAct` lays them out; columns of low whose rank scale is 0 hold
+    anything. On a card x is bf16 or fp16 and the target arranged. CPU tensors go to the reference.
     """
-    return reference.modulate_quantize(x, shift, scale, target)
+    if not x.is_cuda:
+        return reference.modulate_quantize(x, shift, scale, target)
+    return _quantize_rows.quantize_rows("modulate_quantize", x, (shift, scale), target)
+
+
+def variants(arch: str) -> list[Variant]:
+    return _quantize_rows.variants("modulate_quantize", arch)

@@ -6,23 +6,32 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from engine.jit import Variant
+from engine.kernels import _quantize_rows
 from engine.reference import quantize_act as reference
-from engine.reference.quantize_act import ActTarget, QuantizedAct
+from engine.reference.quantize_act import RANK_SLICE, ActTarget, QuantizedAct
 
 
 def arrange_target(target: ActTarget) -> ActTarget:
     """The same target with the copies that kernels read; once, when a model is loaded or its LoRAs change."""
     k, rank = target.proj_down.shape
     # 16 ranks, tile of 8, rank, 32 channels, lane of a quad, channel -> the B fragments of mma, 16 bytes a lane
-    factors = target.proj_down.T.reshape(rank // 16, 2, 8, k // 32, 4, 8)
-    packed = factors.permute(0, 3, 1, 2, 4, 5).reshape(rank // 16, k // 32, 2, 32, 8).contiguous()
+    factors = target.proj_down.T.reshape(rank // RANK_SLICE, 2, 8, k // 32, 4, 8)
+    packed = factors.permute(0, 3, 1, 2, 4, 5).reshape(rank // RANK_SLICE, k // 32, 2, 32, 8).contiguous()
     return replace(target, inverse_smooth=1 / target.smooth_factor, packed_down=packed)
 
 
 def quantize_act(x: Tensor, target: ActTarget) -> QuantizedAct:
     """Quantize x as `target` says, and multiply it by target.proj_down.
 
-    x: (M, K) h. Returns codes, scales and low as `QuantizedAct` lays them out.
+    x: (M, K) h. Returns codes, scales and low as `QuantizedAct` lays them out; columns of low whose rank scale is
+    0 hold anything. On a card x is bf16 or fp16 and the target arranged.
     CPU tensors go to the reference, so every model also runs, slowly, without a GPU.
     """
-    return reference.quantize_act(x, target)
+    if not x.is_cuda:
+        return reference.quantize_act(x, target)
+    return _quantize_rows.quantize_rows("quantize_act", x, (), target)
+
+
+def variants(arch: str) -> list[Variant]:
+    return _quantize_rows.variants("quantize_act", arch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.jit import ARCHITECTURES
+from engine.kernels import quantize_act as kernels
 from engine.reference.e2m1 import decode_e2m1
 from engine.reference.quantize_act import (
     ActFormat,
@@ -26,8 +29,10 @@ from engine.reference.quantize_act import (
     unpack_nibbles,
 )
 from tests.golden import golden
+from tests.kernels import act_targets
+from tests.kernels.act_targets import difference, fingerprint, poisoned, random_target  # noqa: F401
 from tests.kernels.golden_linears import GELU_SHIFT, golden_linear
-from tests.tolerances import CODES_AT_TIES, largest_error, relative_error
+from tests.tolerances import CODES_AT_TIES, RELATIVE, largest_error, relative_error
 
 NUMERICS: list[Numerics] = ["public", "tonfa"]
 
@@ -176,3 +181,140 @@ def test_public_numerics_are_the_golden_ones(layer: str, x: str, codes: str, tmp
     assert torch.equal(ascales, tensors[f"{layer}.act_scales"])
     low_rank = project_down(tensors[x], weights.proj_down)
     assert largest_error(low_rank, tensors[f"{layer}.lowrank_act"]) < 1e-6
+
+
+# ------------------------------------------------------------------------------------------ on a card
+
+
+HALF = [torch.bfloat16, torch.float16]
+# FLUX: K 3072 and 12288; Tonfa Mini: 512 and 2048; the narrowest and the widest; one that no 8 warps share evenly
+SHAPES = [
+    (1, 3072), (7, 512), (256, 512), (256, 2048), (4096, 3072), (4608, 3072), (4613, 3072), (4608, 12288),
+    (7, 15360), (33, 64), (40, 1088),
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("m", "k"), SHAPES)
+def test_a_card_finds_the_references_codes(m: int, k: int, format: ActFormat, dtype: torch.dtype) -> None:
+    """The kernel divides and rounds as the reference does, so codes and scales are equal, not only near."""
+    target = random_target(format, k, 32, dtype, "cuda")
+    x = act_targets.activations(m, k, dtype, "cuda", positive=format == "uint4")
+    found = difference(kernels.quantize_act(x, target), quantize_act(x, target))
+    assert (found.steps, found.scales) == (0, 0.0), found
+    assert found.low < RELATIVE[torch.float32]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("rank", [0, 16, 32, 128, 1024])
+@pytest.mark.parametrize("format", FORMATS)
+def test_any_rank_that_is_a_multiple_of_16(format: ActFormat, rank: int) -> None:
+    target = random_target(format, 3072, rank, torch.bfloat16, "cuda")
+    x = act_targets.activations(261, 3072, torch.bfloat16, "cuda", positive=format == "uint4")
+    act = kernels.quantize_act(x, target)
+    found = difference(act, quantize_act(x, target))
+    assert found.steps == 0
+    assert (act.low is None) == (rank == 0)
+    assert found.low < RELATIVE[torch.float32]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("format", FORMATS)
+def test_ranks_at_strength_0_are_skipped_and_change_nothing(format: ActFormat) -> None:
+    """Rank 32 + 3 x 16, each of the three at 0 or not: the base ranks never change by a bit."""
+    target = random_target(format, 3072, 80, torch.bfloat16, "cuda")
+    base = replace(target, proj_down=target.proj_down[:, :32].contiguous(), rank_scales=target.rank_scales[:2])
+    x = act_targets.activations(261, 3072, torch.bfloat16, "cuda", positive=format == "uint4")
+    alone, whole = kernels.quantize_act(x, kernels.arrange_target(base)), quantize_act(x, target)
+    assert alone.low is not None
+    assert whole.low is not None
+    for silent in ([], [2], [3], [2, 3, 4]):
+        scales = target.rank_scales.clone()
+        scales[silent] = 0
+        act = kernels.quantize_act(x, replace(target, rank_scales=scales))
+        assert act.low is not None
+        assert torch.equal(act.low[:, :32], alone.low)
+        assert torch.equal(act.codes, alone.codes)
+        for slice in range(5):
+            columns = act.low[:, 16 * slice : 16 * slice + 16]
+            if slice in silent:
+                assert columns.isnan().all()  # the poison is still there
+            else:
+                expected = whole.low[:, 16 * slice : 16 * slice + 16]
+                assert largest_error(columns, expected) < RELATIVE[torch.float32]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_row_does_not_know_how_many_there_are(format: ActFormat) -> None:
+    """So a picture does not change by a bit when it is made beside others."""
+    target = random_target(format, 3072, 48, torch.bfloat16, "cuda")
+    x = act_targets.activations(4613, 3072, torch.bfloat16, "cuda", positive=format == "uint4")
+    many, few = kernels.quantize_act(x, target), kernels.quantize_act(x[4603:], target)
+    assert many.low is not None
+    assert few.low is not None
+    assert torch.equal(many.codes[4603:], few.codes)
+    assert torch.equal(many.low[4603:], few.low)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", FORMATS)
+def test_fifty_runs_are_one(format: ActFormat) -> None:
+    target = random_target(format, 3072, 80, torch.bfloat16, "cuda")
+    x = act_targets.activations(4613, 3072, torch.bfloat16, "cuda", positive=format == "uint4")
+    assert len({fingerprint(kernels.quantize_act(x, target)) for _ in range(50)}) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("format", FORMATS)
+def test_zeros_huge_numbers_and_lonely_outliers(format: ActFormat, dtype: torch.dtype) -> None:
+    x = act_targets.activations(6, 512, dtype, "cuda", positive=format == "uint4")
+    x[0] = 0
+    x[1] *= 500
+    x[2] = 0
+    x[2, 77] = 60000
+    x[3] = 2.0**-24  # subnormal in fp16
+    x[4, :64] = 0
+    target = random_target(format, 512, 16, dtype, "cuda")
+    act = kernels.quantize_act(x, target)
+    found = difference(act, quantize_act(x, target))
+    assert (found.steps, found.scales) == (0, 0.0), found
+    assert found.low < RELATIVE[torch.float32]
+    if format != "uint4":  # there the shift is what is left of a zero
+        assert not dequantize(act)[0].any()
+
+
+@pytest.mark.gpu
+def test_wrong_calls_are_refused_before_anything_is_launched() -> None:
+    target = random_target("int4", 128, 16, torch.bfloat16, "cuda")
+    x = torch.ones(3, 128, dtype=torch.bfloat16, device="cuda")
+    for wrong, words in (
+        (x[:, :64], r"\(M, 128\), got \(3, 64\)"),
+        (x.half(), "float16 and torch.bfloat16"),
+        (x.float(), "float32"),
+        (x.repeat(1, 2)[:, ::2], r"\(3, 128\) with strides \(256, 2\)"),
+        (x.flatten()[1:129].view(1, 128), r"\(1, 128\) must start at a multiple of 16 bytes"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            kernels.quantize_act(wrong, target)
+    with pytest.raises(ValueError, match="arrange_target"):
+        kernels.quantize_act(x, replace(target, packed_down=None))
+    with pytest.raises(ValueError, match=r"contiguous on cuda:0, got \(128,\).*on cpu"):
+        kernels.quantize_act(x, replace(target, smooth_factor=target.smooth_factor.cpu()))
+    with pytest.raises(ValueError, match=r"R a multiple of 16 up to 1024, got \(128, 24\)"):
+        random_target("int4", 128, 24, torch.bfloat16, "cuda")
+    assert kernels.quantize_act(x[:0], target).codes.shape == (0, 64)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_card_quantizes_for_the_fallback(arch: str) -> None:
+    sources = {variant.source for variant in kernels.variants(arch)}
+    assert "quantize_act.w4a16" in sources
+    assert ("quantize_act.w4a4" in sources) == (arch in ("75", "80", "86", "87", "89", "90a"))

@@ -1,0 +1,19 @@
+// modulate_quantize.nvfp4: y = h(LayerNorm(x) * scale + shift) -> e2m1, and y @ proj_down.
+//
+//   x             (M, K)    h      row-major activations
+//   shift, scale  (K)       h      of the modulation; scale already contains its 1
+//   codes         (M, K/2)  uint8  two codes a byte, the even column in the low nibble; one e4m3 scale per row and 16 channels
+//   scales        (M, K/16) uint8
+//   low           (M, R)    fp32   y @ proj_down, y not smoothed
+// The other parameters, layouts and the order of sums: common/quantize_rows.cuh
+// Work:   16 rows a block, warps share K; first the rows' moments, then as quantize_act.nvfp4.
+// Launch: grid (ceil(M/16)), block 32 min(8, K/64), dynamic shared memory from engine/kernels/_quantize_rows.py.
+// Limits: 128 registers, 113 KiB of shared memory
+// Bound:  memory; x read and codes written once, where x can stay in shared memory.
+// Truth:  engine/reference/modulate_quantize.py
+#include "common/quantize_rows.cuh"
+
+extern "C" __global__ void __launch_bounds__(32 * MOST_WARPS, BLOCKS)
+    modulate_quantize(const h_t* x, const h_t* shift, const h_t* scale, TARGET_PARAMETERS) {
+  quantize_rows<FORMAT_NVFP4, true>({x, shift, scale, TARGET_ARGUMENTS});
+}

@@ -1,0 +1,17 @@
+// quantize_act.nvfp4: 16-bit activations -> e2m1, and x @ proj_down from the same read of x.
+//
+//   x       (M, K)    h      row-major activations
+//   codes   (M, K/2)  uint8  two codes a byte, the even column in the low nibble; one e4m3 scale per row and 16 channels
+//   scales  (M, K/16) uint8
+//   low     (M, R)    fp32   x @ proj_down, x neither shifted nor smoothed
+// The other parameters, layouts and the order of sums: common/quantize_rows.cuh
+// Work:   16 rows a block, warps share K; one pass.
+// Launch: grid (ceil(M/16)), block 32 min(8, K/64), dynamic shared memory from engine/kernels/_quantize_rows.py.
+// Limits: 128 registers, 113 KiB of shared memory
+// Bound:  memory; x read and codes written once.
+// Truth:  engine/reference/quantize_act.py
+#include "common/quantize_rows.cuh"
+
+extern "C" __global__ void __launch_bounds__(32 * MOST_WARPS, BLOCKS) quantize_act(const h_t* x, TARGET_PARAMETERS) {
+  quantize_rows<FORMAT_NVFP4, false>({x, nullptr, nullptr, TARGET_ARGUMENTS});
+}
