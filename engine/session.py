@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
-from engine import __version__, folders, memory, recipe, timing
+from engine import __version__, folders, jit, memory, recipe, timing
 from engine.checkpoints.bundle import Bundle, read_bundle
 from engine.checkpoints.safetensors_file import unreadable
 from engine.device import Device, PlanChoice, choose_device, choose_plan
@@ -39,7 +39,8 @@ from engine.monitor import peak_host_bytes
 from engine.pipelines.doctor import look_at_machine
 from engine.pipelines.foresight import Transformer, model_sizes, read_transformer
 from engine.pipelines.inspect_file import inspect_file
-from engine.pipelines.loaded_model import LoadedModel, Report
+from engine.pipelines.loaded_model import LoadedModel
+from engine.pipelines.prepare_card import Report
 from engine.pipelines.settle import Settled, picture_path, settle
 from engine.pipelines.text_to_image import Drawn, Picture, text_to_image
 from engine.pipelines.verify_picture import Verification, recipe_differences, request_of, verify_pixels
@@ -83,6 +84,7 @@ class Engine:
         torch.use_deterministic_algorithms(True, warn_only=True)
         # filling every new buffer costs time and decides nothing
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        jit.set_cache_folder(folders.cache() / "kernels")
         self._default_threads = torch.get_num_threads()
         self._model: LoadedModel | None = None
         self._model_key: tuple[object, ...] = ()
@@ -333,6 +335,8 @@ class Engine:
     ) -> Work[tuple[LoadedModel, list[LoraReport], float]]:
         """The job's model in memory with its LoRAs on, loaded now if it was not. Returns the seconds that took."""
         torch.set_num_threads(threads or self._default_threads)
+        if job.device.is_cuda:
+            torch.cuda.set_device(job.device.torch_name)  # a thread's own; kernels run on the current one
         started = perf_counter()
         layout, available, _ = self._memory_plan(job)
         if layout.fits == "too large":
@@ -343,10 +347,7 @@ class Engine:
             model = LoadedModel(job.bundle, job.device, job.plan, layout.keep_all)
 
             def load(report: Report) -> None:
-                def told(what: str, fraction: float) -> None:
-                    check()
-                    report(what, fraction)
-
+                told = _checked(report, check)
                 for role in (*job.bundle.weights, *job.bundle.tokenizers):
                     told(f"Checking {job.bundle.card.name}", 0.0)
                     job.bundle.part_hash(role, check)
@@ -358,6 +359,8 @@ class Engine:
                 model.unload()
                 raise
             self._model, self._model_key = model, _model_key(job)
+            if job.plan.notice:
+                yield Notice(job.plan.notice)
         model = self._model
         choices = [(str(lora.path), lora.strength) for lora in job.settled.loras]
 
@@ -368,6 +371,7 @@ class Engine:
 
         reports = yield from _watched(put_on)
         check()
+        yield from _watched(lambda report: model.prepare(job.settled.pictures[0], _checked(report, check)))
         return model, reports, perf_counter() - started
 
     def _recipe(self, job: _Job, model: LoadedModel, picture: Picture, threads: int | None, decode: str) -> Recipe:
@@ -388,7 +392,7 @@ class Engine:
             cfg=picture.cfg,
             plan=job.plan.plan if job.transformer.precision else "bf16",
             dtype=job.device.dtype,
-            attention="torch",
+            attention=model.attention_of(picture),
             decode=decode,
             model=job.bundle.card.name,
             family=job.bundle.card.family,
@@ -398,7 +402,7 @@ class Engine:
                 card=job.device.name if on_card else f"cpu: {job.device.name}",
                 driver=job.device.driver,
                 torch=torch.__version__,
-                kernels="",
+                kernels=jit.kernels_version() if on_card else "",
                 threads=0 if on_card else (threads or self._default_threads),
             ),
             program=__version__,
@@ -437,8 +441,12 @@ def _watched(work: Callable[[Report], T]) -> Work[T]:
             last[0] = fraction
             events.put(Loading(what, fraction))
 
+    card = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
     def run() -> None:
         try:
+            if card is not None:
+                torch.cuda.set_device(card)
             with torch.no_grad():  # the mode is a thread's own
                 results.append(work(report))
         except BaseException as error:
@@ -457,6 +465,16 @@ def _watched(work: Callable[[Report], T]) -> Work[T]:
     if errors:
         raise errors[0]
     return results[0]
+
+
+def _checked(report: Report, check: Callable[[], None]) -> Report:
+    """`report`, and a chance to stop."""
+
+    def told(what: str, fraction: float) -> None:
+        check()
+        report(what, fraction)
+
+    return told
 
 
 def _model_key(job: _Job) -> tuple[object, ...]:
@@ -498,6 +516,13 @@ def _problem_of(error: Exception) -> Problem:
             return error.problem
         case torch.OutOfMemoryError() | MemoryError():
             return _out_of_memory(str(error))
+        case jit.KernelError():
+            return Problem(
+                ProblemKind.MACHINE,
+                what="The graphics card could not do its work.",
+                todo="Start Tonfa again; if it happens again, update NVIDIA's driver or choose the device cpu.",
+                detail=str(error),
+            )
         case RuntimeError() if memory.NO_MEMORY_WORDS in str(error):
             return _out_of_memory(str(error))
     return internal_error("".join(traceback.format_exception(error)))

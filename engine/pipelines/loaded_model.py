@@ -16,10 +16,14 @@ from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.safetensors_file import open_safetensors
 from engine.device import Device, PlanChoice
 from engine.families.flux import load_flux
+from engine.layers.attention_backend import Backend
 from engine.lora import LoraReport, LoraStack
 from engine.memory import give_back_freed
 from engine.models.flux import Flux
+from engine.models.step_graph import StepGraphs
 from engine.pipelines.image_decoder import Decoded, ImageDecoder
+from engine.pipelines.prepare_card import Report, choose_attention, prepare_kernels
+from engine.pipelines.text_to_image import Picture, step_inputs
 from engine.problems import bad_file
 from engine.text.clip import ClipEncoder
 from engine.text.files import Check
@@ -32,7 +36,6 @@ HEAVY = (
     "transformers.models.clip.modeling_clip",
     "diffusers.models.autoencoders.autoencoder_kl",
 )
-Report = Callable[[str, float], None]  # what is being done, fraction 0 .. 1; may raise to stop
 
 
 def _nothing(what: str, fraction: float) -> None:
@@ -56,6 +59,8 @@ class LoadedModel:
         self.load_seconds = 0.0
         self._network: Flux | None = None
         self._loras: LoraStack | None = None
+        self._graphs: StepGraphs | None = None  # on a card
+        self._prepared: set[tuple[int, int]] = set()  # layouts of LoRAs and numbers of tokens
         self._choices: tuple[tuple[str, float], ...] = ()
         self._encoders: TextEncoders | None = None
         self._decoder: ImageDecoder | None = None
@@ -104,6 +109,47 @@ class LoadedModel:
             self._loras.clear()
             raise
 
+    def prepare(self, picture: Picture, report: Report = _nothing) -> None:
+        """Make the card ready for such a picture, so that its first step starts at once. Raises ProblemError."""
+        network = self.network
+        if not self.device.is_cuda:
+            return
+        assert self._loras is not None
+        num_text, config = self.bundle.tokenizers["t5_tokenizer"].length, network.config
+        tokens = num_text + picture.num_tokens
+        if (self._loras.layout, tokens) in self._prepared:
+            return
+        image, text, pooled = (
+            torch.zeros(1, *shape, dtype=self.dtype, device=self.torch_device)
+            for shape in (
+                (picture.num_tokens, config.in_channels),
+                (num_text, config.joint_attention_dim),
+                (config.pooled_projection_dim,),
+            )
+        )
+        prepare_kernels(network, step_inputs(picture, image, text, pooled, sigma=1.0), report)
+        choose_attention(network, tokens, self.dtype, self.torch_device)
+        self._prepared.add((self._loras.layout, tokens))
+
+    def step(self, check: Check, *inputs: Tensor | None) -> Tensor:
+        """One call of the network: (B, I, C). On a card by a graph, once a size has been seen often enough.
+
+        `check` is called before each block on the processor; on a card a step is short, and asking would stall it.
+        """
+        network = self.network
+        if self._graphs is None:
+            velocity: Tensor = network(*inputs, check)
+            return velocity
+        assert self._loras is not None
+        return self._graphs(self._loras.layout, *inputs)
+
+    def attention_of(self, picture: Picture) -> Backend:
+        """What computes the attention of such a picture."""
+        if not self.device.is_cuda:
+            return "torch"
+        tokens = self.bundle.tokenizers["t5_tokenizer"].length + picture.num_tokens
+        return choose_attention(self.network, tokens, self.dtype, self.torch_device)
+
     def has_embeddings(self, prompt: str) -> bool:
         return prompt in self._prompts
 
@@ -140,7 +186,8 @@ class LoadedModel:
 
     def _free(self, network: bool = False, encoders: bool = False, decoder: bool = False) -> None:
         if network:
-            self._network = self._loras = None
+            self._network = self._loras = self._graphs = None
+            self._prepared = set()
         if encoders:
             self._encoders = None
         if decoder:
@@ -162,6 +209,7 @@ class LoadedModel:
         if self._choices:
             loras.set(self._choices)
         self._network, self._loras = network, loras
+        self._graphs = StepGraphs(network) if self.device.is_cuda else None
 
     def _load_encoders(self, check: Check) -> None:
         # fp16 overflows in T5's MLP; bf16 and fp32 do not

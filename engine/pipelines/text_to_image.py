@@ -94,6 +94,8 @@ def text_to_image(
     matrix = model.bundle.preview if picture.previews else None
     for step, (walked, predicted) in enumerate(denoise(predict, latents, sigmas), start=1):
         latents = walked
+        if latents.is_cuda:
+            torch.cuda.current_stream().synchronize()  # a step is told when it is done, not when it is asked for
         yield Step(step, None if matrix is None else preview(unpack(predicted, rows, columns), matrix))
         check()
     denoised = perf_counter()
@@ -121,26 +123,29 @@ def velocity_function(
     model: LoadedModel, embeds: list[PromptEmbeds], picture: Picture, check: Check
 ) -> Callable[[Tensor, float], Tensor]:
     """The network with everything but latents and sigma filled in; under cfg one batch of both predictions."""
-    network, device, dtype = model.network, model.torch_device, model.dtype
     batch = len(embeds)
-    text = torch.cat([one.text for one in embeds]).to(device, dtype)  # (B, T, C)
-    pooled = torch.cat([one.pooled for one in embeds]).to(device, dtype)  # (B, P)
-    side = LATENT_SCALE * PATCH
-    image_ids = position_ids(picture.height // side, picture.width // side).to(device)
-    text_ids = torch.zeros(text.shape[1], 3, device=device)
-    guidance = None
-    if picture.guidance is not None:
-        guidance = torch.full((batch,), picture.guidance, device=device)
-    before_block = None if device.type == "cuda" else check  # on a card a step is short, and asking would stall it
+    text = torch.cat([one.text for one in embeds]).to(model.torch_device, model.dtype)  # (B, T, C)
+    pooled = torch.cat([one.pooled for one in embeds]).to(model.torch_device, model.dtype)  # (B, P)
 
     @torch.inference_mode()
     def predict(latents: Tensor, sigma: float) -> Tensor:
-        image = latents.to(dtype).expand(batch, -1, -1)
-        timestep = torch.full((batch,), sigma, device=device)
-        velocity: Tensor = network(image, text, pooled, timestep, guidance, image_ids, text_ids, before_block)
+        image = latents.to(model.dtype).expand(batch, -1, -1)
+        velocity = model.step(check, *step_inputs(picture, image, text, pooled, sigma))
         return combine_predictions(velocity, picture.cfg) if batch == 2 else velocity.float()
 
     return predict
+
+
+def step_inputs(
+    picture: Picture, image: Tensor, text: Tensor, pooled: Tensor, sigma: float
+) -> tuple[Tensor | None, ...]:
+    """What the network takes, in its order. image: (B, I, C), text: (B, T, C), pooled: (B, P)."""
+    batch, device, side = len(image), image.device, LATENT_SCALE * PATCH
+    timestep = torch.full((batch,), sigma, device=device)
+    guidance = None if picture.guidance is None else torch.full((batch,), picture.guidance, device=device)
+    image_ids = position_ids(picture.height // side, picture.width // side).to(device)
+    text_ids = torch.zeros(text.shape[1], 3, device=device)
+    return image, text, pooled, timestep, guidance, image_ids, text_ids
 
 
 def shift_of(shift: object) -> Shift:
