@@ -46,7 +46,7 @@ def _machine(index: int) -> str:
     return " | ".join(
         [
             torch.cuda.get_device_name(index),
-            f"driver {driver}",  # type: ignore[attr-defined]
+            f"driver {torch._C._cuda_getDriverVersion()}",  # type: ignore[attr-defined]
             f"torch {torch.__version__}",
             f"kernels {kernels_version()}",
         ]
