@@ -7,6 +7,7 @@
 //   out      (M, N)            h     rows out_stride apart
 // Work:   common/w4a16.cuh. Launch: grid (ceil(M/128), ceil(N/128)), block 128.
 // Bound:  as svdq_linear.w4a16.
+// Limits: 255 registers, 42 KiB of shared memory; two blocks an SM.
 // Truth:  engine/reference/linear_w4a16.py
 #define WEIGHTS WEIGHTS_ZEROS
 #define EPILOGUE PLAIN

@@ -8,6 +8,7 @@
 // Work:   common/w4a16.cuh. Launch: grid (ceil(M/128), ceil(N/128)), block 128.
 // Bound:  tensor units where fp32 sums run at half rate (GeForce); elsewhere issue slots: of a register of B, 4 operations for
 //         2 mma.
+// Limits: 255 registers, 42 KiB of shared memory; two blocks an SM.
 // Truth:  engine/reference/svdq_linear.py
 #include "common/w4a16.cuh"
 

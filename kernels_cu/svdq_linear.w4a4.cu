@@ -12,6 +12,7 @@
 // Launch: grid (ceil(M/128), ceil(N/128)), block 128.
 // Bound:  sm_80: fp32 units (8 fma an mma, 16 cycles of theirs against 8 of the tensor unit); sm_86, 89: tensor units.
 //         From sm_90 on the compiler puts int8 and shifts in the place of s4 mma: right, and slow.
+// Limits: 255 registers, 33 KiB of shared memory; two blocks an SM.
 // Truth:  engine/reference/svdq_linear.py
 #include "common/pipeline.cuh"
 

@@ -192,7 +192,7 @@ def svdq_linear(act: QuantizedAct, linear: ArrangedLinear, epilogue: Epilogue) -
         raise ValueError(f"svdq_linear: columns of low must be neighbours, got strides {low.stride()}")
     if not m:
         return result
-    grid, threads, shared_bytes = _geometry(linear, m, n)
+    grid, threads = _geometry(linear, m)
     launch(
         variant,
         grid,
@@ -211,7 +211,7 @@ def svdq_linear(act: QuantizedAct, linear: ArrangedLinear, epilogue: Epilogue) -
         m,
         n,
         *arguments,
-        shared_bytes=shared_bytes,
+        shared_bytes=shared_bytes(variant),
     )
     return result
 
@@ -284,19 +284,25 @@ def _pack(
     raise ValueError(f"svdq_linear: there is no source {source!r}")
 
 
-def _geometry(linear: ArrangedLinear, m: int, n: int) -> tuple[tuple[int, ...], int, int]:
-    """Grid, threads of a block, bytes of dynamic shared memory."""
-    rows, columns = -(-m // BLOCK_ROWS), -(-n // TILE_COLUMNS)
-    match linear.source:
+@cache
+def shared_bytes(variant: Variant) -> int:
+    """Dynamic shared memory of a block."""
+    match variant.source:
         case "svdq_linear.w4a8_sm90":
-            scale_type = linear.defines[0][1]
-            blocks = min(rows * columns, _multiprocessors(linear.rank_scales.get_device()))
-            return (blocks,), 384, _arrange_w4a8.sm90_shared_bytes(scale_type)
+            return _arrange_w4a8.sm90_shared_bytes(dict(variant.defines)["SCALE_TYPE"])
         case "svdq_linear.w4a8":
-            return (rows, columns), THREADS, _arrange_w4a8.w4a8_shared_bytes(linear.defines[0][1])
+            return _arrange_w4a8.w4a8_shared_bytes(dict(variant.defines)["SCALE_TYPE"])
         case "svdq_linear.nvfp4":
-            return (rows, columns), THREADS, _arrange_nvfp4.nvfp4_shared_bytes()
-    return (rows, columns), THREADS, 0
+            return _arrange_nvfp4.nvfp4_shared_bytes()
+    return 0
+
+
+def _geometry(linear: ArrangedLinear, m: int) -> tuple[tuple[int, ...], int]:
+    """Grid, and threads of a block."""
+    rows, columns = -(-m // BLOCK_ROWS), -(-linear.out_features // TILE_COLUMNS)
+    if linear.source == "svdq_linear.w4a8_sm90":
+        return (min(rows * columns, _multiprocessors(linear.rank_scales.get_device())),), 384
+    return (rows, columns), THREADS
 
 
 @cache
