@@ -22,11 +22,11 @@ from engine.checkpoints.svdquant_file import (
     read_w4a16,
 )
 from engine.jit import arch_of
-from engine.layers.fused_linear import FusedLinear, fits_kernels, share_input
+from engine.layers.fused_linear import FusedLinear, fits_kernels
 from engine.layers.linear import BranchedLinear, Linear
 from engine.layers.norms import RMSNorm
 from engine.layers.svdquant_linear import LayerPlan, PackedLinear, SVDQuantLinear, W4A16Linear
-from engine.models.flux import DoubleBlock, Flux, FluxConfig, SingleBlock, scale_splits
+from engine.models.flux import Flux, FluxConfig, scale_splits
 from engine.problems import bad_file
 
 FAMILY = "flux"
@@ -145,24 +145,10 @@ def load_flux(
         if on_progress is not None:
             on_progress(index / len(layers))
         reader.fill(names)
-    _join(network)
+    network.join_linears()
     if on_progress is not None:
         on_progress(1.0)
     return network.requires_grad_(False).eval()
-
-
-def _join(network: Flux) -> None:
-    """Tell linears what they have in common with others, now that all are loaded."""
-    readers: dict[nn.Module, BranchedLinear] = {}
-    for block in network.blocks():
-        if isinstance(block, SingleBlock):
-            share_input(block.qkv, block.fc1)
-        for mlp in (block.image, block.text) if isinstance(block, DoubleBlock) else (block,):
-            readers[mlp.fc1] = mlp.fc2
-    fused = [module for module in network.modules() if isinstance(module, FusedLinear)]
-    for linear in fused:
-        linear.feeds(readers.get(linear))
-    network.one_at_a_time = bool(fused)
 
 
 def check_flux(file: SafetensorsFile) -> FluxConfig:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.layers.attention import Projection, joint_attention
+from engine.layers.fused_linear import FusedLinear, share_input
 from engine.layers.linear import BranchedLinear, Linear
 from engine.layers.modulation import add_gated, modulated
 from engine.layers.norms import RMSNorm, layer_norm
@@ -222,7 +223,7 @@ class SingleBlock(nn.Module):
 
 
 def joined(text: Tensor, image: Tensor) -> Tensor:
-    """(B, T + I, C). No copy where they are the two parts of one picture's tensor, as a single block leaves them."""
+    """(B, T + I, C). No copy where both are parts of one picture's tensor, as a single block leaves them."""
     both = (text.shape[0], text.shape[1] + image.shape[1], text.shape[2])
     if (
         both[0] == 1
@@ -277,6 +278,19 @@ class Flux(nn.Module):
             if isinstance(module, Linear) and name.endswith("modulation") and module.bias is not None:
                 for split in scale_splits(module.out_features // c):
                     module.bias[split * c : (split + 1) * c] = 1.0
+
+    def join_linears(self) -> None:
+        """Tell linears what they have in common with others. To be called when all have their weights."""
+        readers: dict[nn.Module, BranchedLinear] = {}
+        for block in self.blocks():
+            if isinstance(block, SingleBlock):
+                share_input(block.qkv, block.fc1)
+            for mlp in (block.image, block.text) if isinstance(block, DoubleBlock) else (block,):
+                readers[mlp.fc1] = mlp.fc2
+        fused = [module for module in self.modules() if isinstance(module, FusedLinear)]
+        for linear in fused:
+            linear.feeds(readers.get(linear))
+        self.one_at_a_time = bool(fused)
 
     def blocks(self) -> Iterator[DoubleBlock | SingleBlock]:
         """All blocks in the order data flows; each maps (text, image, conditioning, table) to (text, image)."""
