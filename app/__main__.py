@@ -51,8 +51,9 @@ class Program:
         self.engine.restarted.connect(self.generation.on_restarted)
         self.generation.device_known.connect(self.memory.set_device)
         self.models.changed.connect(self._models_changed)
+        self.history.earlier_added.connect(self._show_earlier)
+        self.generation.submitted.connect(self._keep_settings)
         self.window.closed.connect(self.close)
-        self.composer.set_seed_mode(self.settings.seed_mode)
         self._closed = False
 
     def start(self) -> None:
@@ -64,9 +65,13 @@ class Program:
         QTimer.singleShot(0, self._start_rest)
 
     def _start_rest(self) -> None:
+        from app.state.earlier import read_todays
+        from app.state.history import THUMBNAIL_SIDE
+
         self.engine.start()
         self.memory.watch(lambda: self.engine.pid)
         self.models.read_all()
+        read_todays(THUMBNAIL_SIDE, self.history.add_earlier)
 
     def _models_changed(self) -> None:
         """Take the model of the last time, or the first there is, and load it."""
@@ -79,16 +84,31 @@ class Program:
         if card is None or (card.model != wanted and wanted and not self.models.listed):
             return
         self.composer.set_model(card)
+        brought = {lora.file for lora in card.loras}
+        if card.model == wanted:
+            self.composer.remember(self.settings.composer)
         self.generation.prepare()
+        for lora in self.composer.loras:
+            if lora.file not in brought:
+                self.generation.inspect_lora(lora.file)
+
+    def _show_earlier(self) -> None:
+        """The last picture is on the stage, as it was."""
+        if self.generation.shown is None and not self.generation.working:
+            self.generation.show(self.history.picture(0))
+
+    def _keep_settings(self) -> None:
+        if self.composer.model is not None:
+            self.settings.model = self.composer.model.model
+            self.settings.composer = self.composer.remembered()
+            self.settings.save()
 
     def close(self) -> None:
         """Everything ends within five seconds, a picture that is being made included."""
         if self._closed:
             return
         self._closed = True
-        if self.composer.model is not None:
-            self.settings.model = self.composer.model.model
-            self.settings.save()
+        self._keep_settings()
         self.memory.stop()
         self.engine.close()
 

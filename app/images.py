@@ -46,6 +46,12 @@ def thumbnail(image: QImage, side: int) -> QImage:
     return result
 
 
+def load_small(file: str | Path, side: int) -> QImage | None:
+    """A thumbnail of a picture file, side x side device pixels, or None where there is none."""
+    image = load(file)
+    return None if image is None else thumbnail(image, side)
+
+
 def load(file: str | Path) -> QImage | None:
     """A picture from a file, or None when it is not there or not a picture of sane size."""
     reader = QImageReader(str(file))

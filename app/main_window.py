@@ -145,7 +145,6 @@ class MainWindow(QWidget):
 
     def closeEvent(self, event: QCloseEvent) -> None:  # noqa: N802
         self._settings.geometry = self.saveGeometry()
-        self._settings.seed_mode = self._composer.seed_mode
         self._settings.save()
         super().closeEvent(event)
         QTimer.singleShot(0, self.closed.emit)  # first the window goes, then what takes time ends

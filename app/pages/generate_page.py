@@ -32,14 +32,16 @@ from app.widgets.composer import Composer
 from app.widgets.lora_row import LoraView
 from app.widgets.stage import Stage
 from app.widgets.timeline import Timeline
+from engine.folders import ModelCard
 
 SMALL_WIDTH, SMALL_HEIGHT = 1000, 720
+COVER_SIDE = 96  # device pixels: sharp at two per logical one
 
 
-def lora_view(one: LoraSetting) -> LoraView:
+def lora_view(one: LoraSetting, cover: QImage | None) -> LoraView:
     details = "\n".join(f"{key}: {why}" for key, why in one.use.unused[:40]) if one.use else ""
     tone = "warn" if one.problem or one.partly_used else "text2"
-    return LoraView(one.file, one.name, one.strength, one.own_strength, one.on, one.words(), tone, details)
+    return LoraView(one.file, one.name, one.strength, one.own_strength, one.on, one.words(), tone, details, cover)
 
 
 class GeneratePage(QWidget):
@@ -58,6 +60,8 @@ class GeneratePage(QWidget):
         self._composer, self._generation = composer, generation
         self._history, self._memory, self._models = history, memory, models
         self._cover: tuple[str, QImage | None] = ("", None)
+        self._lora_covers: dict[str, QImage | None] = {}
+        self._suggestions: tuple[str, tuple[QImage | None, ...]] = ("", ())
         self._own_width: int | None = None
         self.composer = Composer(MAX_COUNT, MAX_STEPS)
         self.stage = Stage()
@@ -209,10 +213,11 @@ class GeneratePage(QWidget):
         if state.negative:
             ui.prompt.set_negative(state.negative)
         ui.prompt.set_surprise_offered(bool(card and card.suggestions))
-        self.stage.empty.set_suggestions(card.suggestions if card else ())
+        self.stage.empty.set_suggestions(*self._suggestions_of(card))
         ui.loras.set_known(state.known_loras() + [(one.file, one.name) for one in self._models.loras])
-        ui.loras.set_loras([lora_view(one) for one in state.loras])
+        ui.loras.set_loras([lora_view(one, self._lora_cover(one.file)) for one in state.loras])
         ui.size_picker.set_presets(list(card.presets) if card else [])
+        ui.size_picker.set_choosable(card is None or card.size_min < card.size_max)
         ui.size_picker.set_size(state.width, state.height)
         ui.count.set_value(state.count)
         ui.steps.set_value(state.steps)
@@ -267,8 +272,9 @@ class GeneratePage(QWidget):
         active = generation.running or generation.stopped
         if active is None:
             return
+        mark = "stop" if generation.trouble is None else "error"
         self.timeline.now.set_progress(
-            active.preview, active.step, active.steps, stopped=generation.running is None
+            active.preview, active.step, active.steps, "" if generation.running else mark
         )
         if generation.shown is None:
             tag = "Preview" if active.preview is not None else ""
@@ -297,6 +303,24 @@ class GeneratePage(QWidget):
             file = Path(folder) / "cover.png"
             self._cover = (folder, images.load(file) if folder and file.is_file() else None)
         return self._cover[1]
+
+    def _lora_cover(self, file: str) -> QImage | None:
+        """The picture beside a LoRA's file, by the names that other programs look for too."""
+        if file not in self._lora_covers:
+            beside = [Path(file).with_suffix(suffix) for suffix in (".png", ".preview.png")]
+            found = next((one for one in beside if one.is_file()), None)
+            self._lora_covers[file] = images.load_small(found, COVER_SIDE) if found else None
+        return self._lora_covers[file]
+
+    def _suggestions_of(self, card: ModelCard | None) -> tuple[tuple[str, ...], tuple[QImage | None, ...]]:
+        """Three prompts, and their pictures where the model brings `suggestion-1.png` and so on."""
+        if card is None:
+            return (), ()
+        if card.folder != self._suggestions[0]:
+            files = [Path(card.folder) / f"suggestion-{number}.png" for number in (1, 2, 3)]
+            shown = tuple(images.load_small(file, COVER_SIDE) if file.is_file() else None for file in files)
+            self._suggestions = (card.folder, shown)
+        return card.suggestions[:3], self._suggestions[1]
 
     def _announce(self, sentence: str) -> None:
         if QAccessible.isActive():

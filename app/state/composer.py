@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from PySide6.QtCore import QObject, Signal
 
@@ -16,6 +17,7 @@ SeedMode = Literal["random", "keep", "one up"]
 MAX_NEW_SEED = 99_999_999  # drawn seeds stay short enough to read out and to type
 MAX_COUNT = 99
 MAX_STEPS = 100
+LOST = "not on this computer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,11 +241,14 @@ class ComposerState(QObject):
     def restore(self, request: ImageRequest, seed: int) -> None:
         """Takes over a picture's prompt and settings; LoRAs it did not use are switched off."""
         self.prompt, self.negative = request.prompt, request.negative
-        self.width, self.height = request.width or self.width, request.height or self.height
+        self.width = self._snapped(request.width or self.width)
+        self.height = self._snapped(request.height or self.height)
         self.steps = request.steps or self.steps
         self.guidance = request.guidance if request.guidance is not None else self.guidance
         self.seed, self.seed_mode, self._seed_used, self.count = seed, "keep", False, 1
-        wanted = {one.file: one.strength for one in request.loras}
+        # a recipe in a file tells a LoRA's name, not where it lies
+        files = {name: file for file, name in self.known_loras()} | {one.name: one.file for one in self.loras}
+        wanted = {files.get(one.file, one.file): one.strength for one in request.loras}
         there = {one.file for one in self.loras}
         changed = tuple(
             replace(one, on=one.file in wanted, strength=wanted.get(one.file, one.strength)) for one in self.loras
@@ -254,5 +259,67 @@ class ComposerState(QObject):
             for file, strength in wanted.items()
             if file not in there
         )
-        self.loras = changed + new
+        lost = tuple(replace(one, on=False, problem=LOST) for one in new if not Path(one.file).is_absolute())
+        self.loras = changed + tuple(one for one in new if Path(one.file).is_absolute()) + lost
+        self.changed.emit()
+
+    # -- from one start to the next --
+
+    def remembered(self) -> dict[str, Any]:
+        """Plain values for `remember`; no words."""
+        return {
+            "width": self.width,
+            "height": self.height,
+            "steps": self.steps,
+            "count": self.count,
+            "guidance": self.guidance,
+            "seed": self.seed,
+            "seed_used": self._seed_used,
+            "seed_mode": self.seed_mode,
+            "loras": [
+                {
+                    "file": one.file,
+                    "name": one.name,
+                    "strength": one.strength,
+                    "own": one.own_strength,
+                    "on": one.on,
+                }
+                for one in self.loras
+                if not one.problem
+            ],
+        }
+
+    def remember(self, told: Mapping[str, Any]) -> None:
+        """Take up what an earlier start left off with; what cannot be understood stays as the model says."""
+
+        def number(name: str, otherwise: float, of: Mapping[str, Any] = told) -> float:
+            value = of.get(name)
+            good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_SEED
+            return value if good else otherwise  # type: ignore[return-value]
+
+        self.width, self.height = (
+            self._snapped(int(number(name, value)))
+            for name, value in (("width", self.width), ("height", self.height))
+        )
+        self.steps = min(MAX_STEPS, max(1, int(number("steps", self.steps))))
+        self.count = min(MAX_COUNT, max(1, int(number("count", 1))))
+        if self.guidance is not None:
+            self.guidance = min(100.0, max(0.0, float(number("guidance", self.guidance))))
+        if told.get("seed_mode") in get_args(SeedMode):
+            self.seed_mode = told["seed_mode"]
+        if self.seed_mode != "random":
+            self.seed = max(0, int(number("seed", self.seed)))
+            self._seed_used = told.get("seed_used") is True
+        brought = {one.file: one for one in self.loras}
+        loras: list[LoraSetting] = []
+        for one in told.get("loras", ()) if isinstance(told.get("loras"), list) else ():
+            file = one.get("file") if isinstance(one, dict) else None
+            if not isinstance(file, str) or (file not in brought and not Path(file).is_file()):
+                continue
+            strength, own = (float(number(name, 1.0, one)) for name in ("strength", "own"))
+            known = brought.pop(file, None) or LoraSetting(file, str(one.get("name") or Path(file).stem))
+            limited = min(MAX_STRENGTH, max(-MAX_STRENGTH, strength))
+            loras.append(replace(known, strength=limited, own_strength=own, on=one.get("on") is True))
+        if "loras" in told:  # what was removed from the list stays away
+            self.loras = tuple(loras)
         self.changed.emit()

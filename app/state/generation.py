@@ -58,6 +58,7 @@ class GenerationState(QObject):
     progress_changed = Signal()
     announced = Signal(str)  # for assistive technology: start, every quarter, end; problems at once
     device_known = Signal(str)
+    submitted = Signal()  # a picture was asked for
 
     def __init__(
         self, engine: Engine, composer: ComposerState, history: History, parent: QObject | None = None
@@ -66,7 +67,8 @@ class GenerationState(QObject):
         self._engine, self._composer, self._history = engine, composer, history
         self.jobs: list[Job] = []  # pictures, the running one first
         self.running: Running | None = None
-        self.stopped: Running | None = None  # what the strip is about
+        self.stopped: Running | None = None  # what the strip is about, or what the person stopped
+        self.was_stopped = False  # by the person, and nothing was begun since
         self.trouble: Trouble | None = None
         self.notice = ""
         self.planned: Planned | None = None
@@ -118,12 +120,16 @@ class GenerationState(QObject):
         return True
 
     def _submit(self, request: ImageRequest, first: bool = False) -> None:
+        self.was_stopped = False
+        if self.trouble is None:
+            self.stopped = None
         job = Job(self._engine.submit(request, first), request, self._expected_s())
         at = 1 if first and self.jobs and self.running else 0 if first else len(self.jobs)
         self.jobs.insert(at, job)
         if len(self.jobs) == 1:
             self.shown = None
         self._begin_next()
+        self.submitted.emit()
         self.changed.emit()
 
     def stop(self) -> None:
@@ -268,6 +274,10 @@ class GenerationState(QObject):
             del self._inspected[job]
 
     def _on_picture(self, job: Job, event: Event) -> None:
+        if isinstance(event, Cancelled):
+            self._on_stopped(job)
+            self._end(job)
+            return
         if self.running is None or self.running.job is not job:
             self.running = Running(job, images=job.request.count, steps=job.request.steps or 0)
         now = self.running
@@ -303,6 +313,16 @@ class GenerationState(QObject):
                 self._raise(problem, job.request)
         if isinstance(event, Final):
             self._end(job)
+
+    def _on_stopped(self, job: Job) -> None:
+        """What there was of a stopped picture stays on the stage, unless another one is begun."""
+        now = self.running
+        if now is None or now.job is not job or any(not one.stopping for one in self.jobs):
+            return
+        self.was_stopped = True
+        if now.preview is not None and self.trouble is None:
+            self.stopped = now
+        self.announced.emit("Stopped")
 
     def _keep(self, now: Running, done: ImageDone) -> None:
         """A finished picture enters the timeline; the stage shows it unless the person looks at another one."""
@@ -419,7 +439,7 @@ class GenerationState(QObject):
         if self.model.loading is not None:
             name = self._composer.model.name if self._composer.model else "the model"
             return f"Loading {name}", "", "accent"
-        return "Ready", "", "accent"
+        return ("Stopped" if self.was_stopped else "Ready"), "", "accent"
 
     def _making_words(self) -> str:
         assert self.running is not None
@@ -458,7 +478,7 @@ class GenerationState(QObject):
     def caption(self, picture: Picture) -> tuple[str, str, str]:
         """Under a finished picture: how it was made, the time it took, and the first once more for little room."""
         seed, size = f"Seed {words.number(picture.seed)}", words.size(picture.width, picture.height)
-        time_words = words.seconds(picture.seconds)
+        time_words = "" if picture.seconds is None else words.seconds(picture.seconds)
         if picture.predicted_s is not None:
             time_words += f", predicted {words.seconds(picture.predicted_s)}"
         return DOT.join((seed, words.steps(picture.steps), size)), time_words, DOT.join((seed, size))

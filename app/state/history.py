@@ -1,4 +1,4 @@
-"""This run's pictures, newest first: a list model with thumbnails, and the full pictures while memory allows."""
+"""Today's pictures, newest first: a list model with thumbnails, and the full pictures while memory allows."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from PySide6.QtCore import (
     Qt,
     QThreadPool,
     Signal,
+    Slot,
 )
 from PySide6.QtGui import QImage
 
 from app import images
+from app.state.earlier import Earlier
 from engine.requests import ImageRequest
 
 FILE_ROLE = Qt.ItemDataRole.UserRole + 1
@@ -36,7 +38,7 @@ class Picture:
     steps: int
     width: int
     height: int
-    seconds: float
+    seconds: float | None  # None where an earlier start of the window made it
     predicted_s: float | None
     file: str  # "" where none was written
     thumbnail: QImage
@@ -61,6 +63,7 @@ class History(QAbstractListModel):
     """Row 0 is the newest."""
 
     image_loaded = Signal(int)  # picture id: `image` has it now
+    earlier_added = Signal()
 
     def __init__(self, parent: QObject | None = None) -> None:
         super().__init__(parent)
@@ -97,6 +100,32 @@ class History(QAbstractListModel):
         self.endInsertRows()
         self._keep(picture.id, image)
         return picture
+
+    @Slot(list)
+    def add_earlier(self, found: list[Earlier]) -> None:
+        """What was made before this start, newest first; it goes below all others."""
+        known = {one.file for one in self._pictures}
+        older = [
+            Picture(
+                next(self._ids),
+                one.request,
+                one.request.seed,
+                one.request.steps or 1,
+                one.width,
+                one.height,
+                None,
+                None,
+                one.file,
+                one.thumbnail,
+            )
+            for one in found
+            if one.file not in known
+        ]
+        if older:
+            self.beginInsertRows(QModelIndex(), len(self._pictures), len(self._pictures) + len(older) - 1)
+            self._pictures += older
+            self.endInsertRows()
+            self.earlier_added.emit()
 
     def picture(self, row: int) -> Picture | None:
         return self._pictures[row] if 0 <= row < len(self._pictures) else None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 from PySide6.QtCore import QByteArray, QObject, QSettings
 
 from engine import folders
@@ -41,12 +44,17 @@ class Settings(QObject):
         self._file.setValue("generate/model", value)
 
     @property
-    def seed_mode(self) -> str:
-        return str(self._file.value("generate/seed_mode") or "random")
+    def composer(self) -> dict[str, Any]:
+        """What `ComposerState.remembered` said, for the model of that name."""
+        try:
+            told = json.loads(str(self._file.value("generate/composer") or "{}"))
+        except (ValueError, RecursionError):
+            return {}
+        return told if isinstance(told, dict) else {}
 
-    @seed_mode.setter
-    def seed_mode(self, value: str) -> None:
-        self._file.setValue("generate/seed_mode", value)
+    @composer.setter
+    def composer(self, values: dict[str, Any]) -> None:
+        self._file.setValue("generate/composer", json.dumps(values))
 
     def _number(self, name: str) -> int | None:
         try:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import zip_longest
 
 from PySide6.QtCore import QPointF, QRectF, Qt, Signal
-from PySide6.QtGui import QPaintEvent, QResizeEvent
+from PySide6.QtGui import QImage, QPaintEvent, QPixmap, QResizeEvent
 from PySide6.QtWidgets import QAbstractButton, QLabel, QVBoxLayout, QWidget
 
 from app import theme
@@ -16,8 +17,9 @@ HEIGHT = 60
 
 
 class _Suggestion(QAbstractButton):
-    def __init__(self, prompt: str, parent: QWidget | None = None) -> None:
+    def __init__(self, prompt: str, picture: QImage | None, parent: QWidget | None = None) -> None:
         super().__init__(parent)
+        self._picture = None if picture is None else QPixmap.fromImage(picture)
         self.setText(prompt)
         self.setAccessibleName(f"Start with: {prompt}")
         self.setFixedHeight(HEIGHT)
@@ -30,7 +32,7 @@ class _Suggestion(QAbstractButton):
         hovered = self.underMouse()
         fill = theme.color("hover" if hovered else "surface")
         paint.ground(painter, self.rect(), theme.RADIUS["card"], fill, theme.color("line"))
-        paint_cover(painter, QRectF(8, 8, 44, 44), None, "generate")
+        paint_cover(painter, QRectF(8, 8, 44, 44), self._picture, "generate")
         area = QRectF(64, 0, self.width() - 104, HEIGHT)
         paint.text(painter, area, self.text(), theme.font("body"), theme.color("text"))
         paint.icon(painter, "chevron-right", QPointF(self.width() - 22, HEIGHT / 2), 18, "text2")
@@ -74,13 +76,14 @@ class EmptyStage(QWidget):
         """What the focus goes to."""
         return self._buttons[0] if self._buttons else self
 
-    def set_suggestions(self, prompts: tuple[str, ...]) -> None:
+    def set_suggestions(self, prompts: tuple[str, ...], pictures: tuple[QImage | None, ...] = ()) -> None:
+        """At most three prompts; what each of them looks like, where that is known."""
         if tuple(button.text() for button in self._buttons) == prompts[:3] and self._second.text():
             return
         for button in self._buttons:
             button.hide()
             button.deleteLater()
-        self._buttons = [_Suggestion(prompt) for prompt in prompts[:3]]
+        self._buttons = [_Suggestion(*one) for one in zip_longest(prompts[:3], pictures[: len(prompts)])]
         for button in self._buttons:
             self._inside.addWidget(button)
             button.clicked.connect(partial(self._choose, button.text()))

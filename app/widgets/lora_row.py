@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from PySide6.QtCore import QEvent, QObject, QPointF, QRectF, Qt, Signal
-from PySide6.QtGui import QContextMenuEvent, QEnterEvent, QKeyEvent, QPainter, QPaintEvent, QPen, QResizeEvent
+from PySide6.QtGui import (
+    QContextMenuEvent,
+    QEnterEvent,
+    QImage,
+    QKeyEvent,
+    QPainter,
+    QPaintEvent,
+    QPen,
+    QPixmap,
+    QResizeEvent,
+)
 from PySide6.QtWidgets import QToolTip, QWidget
 
 from app import theme
@@ -33,6 +43,7 @@ class LoraView:
     words: str  # "all 304 layers used"
     tone: str = "text2"  # or "warn"
     details: str = ""  # which keys are not used and why, one a line
+    cover: QImage | None = None
 
 
 class LoraRow(QWidget):
@@ -148,7 +159,8 @@ class LoraRow(QWidget):
     def paintEvent(self, event: QPaintEvent) -> None:  # noqa: N802
         painter = paint.begin(self)
         view = self._view
-        paint_cover(painter, QRectF(12, 12, 32, 32), None, "sun", quiet=not view.on)
+        cover = None if view.cover is None else QPixmap.fromImage(view.cover)
+        paint_cover(painter, QRectF(12, 12, 32, 32), cover, "sun", quiet=not view.on)
         room = self.more.x() - 54
         ink = theme.color("text" if view.on else "text2")
         paint.text(painter, QRectF(54, 10, room, 20), view.name, theme.font("label"), ink)

@@ -6,7 +6,7 @@ from math import ceil
 
 from PySide6.QtCore import QEvent, QMimeData, QObject, Qt, Signal
 from PySide6.QtGui import QKeyEvent, QPaintEvent, QPalette, QResizeEvent, QTextBlockFormat, QTextCursor, QTextOption
-from PySide6.QtWidgets import QFrame, QHBoxLayout, QLabel, QTextEdit, QVBoxLayout, QWidget
+from PySide6.QtWidgets import QFrame, QHBoxLayout, QLabel, QSizePolicy, QTextEdit, QVBoxLayout, QWidget
 
 from app import theme
 from app.widgets import paint
@@ -119,6 +119,7 @@ class PromptBox(QWidget):
         layout.addLayout(text)
         layout.addLayout(footer)
 
+        self.setSizePolicy(QSizePolicy.Policy.Preferred, QSizePolicy.Policy.Fixed)  # as high as its words need
         self._show_negative(False)
         self._surprise.hide()
         self._leave_out.toggled.connect(self._show_negative)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from PySide6.QtCore import QPoint, QPointF, QRectF, QSize, Qt, Signal
-from PySide6.QtGui import QIcon, QPainter, QPaintEvent, QPen, QPixmap, QWheelEvent
+from PySide6.QtGui import QIcon, QKeyEvent, QMouseEvent, QPainter, QPaintEvent, QPen, QPixmap, QWheelEvent
 from PySide6.QtWidgets import QComboBox, QHBoxLayout, QSizePolicy, QWidget
 
 from app import theme
@@ -33,6 +33,7 @@ class SizeSelect(QComboBox):
 
     def __init__(self, parent: QWidget | None = None) -> None:
         super().__init__(parent)
+        self._choosable = True
         self.setAccessibleName("Picture size")
         self.setFixedHeight(36)
         self.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Fixed)
@@ -42,7 +43,22 @@ class SizeSelect(QComboBox):
         self.setIconSize(QSize(20, 20))
         self.setAttribute(Qt.WidgetAttribute.WA_Hover)
 
-    def showPopup(self) -> None:  # noqa: N802  (Qt's name)
+    def set_choosable(self, choosable: bool) -> None:
+        """One size alone is told, not offered."""
+        self._choosable = choosable
+        self.setFocusPolicy(Qt.FocusPolicy.StrongFocus if choosable else Qt.FocusPolicy.NoFocus)
+        self.setToolTip("" if choosable else "This model makes pictures of this size only")
+        self.update()
+
+    def keyPressEvent(self, event: QKeyEvent) -> None:  # noqa: N802  (Qt's name)
+        if self._choosable:
+            super().keyPressEvent(event)
+
+    def mousePressEvent(self, event: QMouseEvent) -> None:  # noqa: N802
+        if self._choosable:
+            super().mousePressEvent(event)
+
+    def showPopup(self) -> None:  # noqa: N802
         """A menu under the field instead of a list over it."""
         menu = Menu(self)
         menu.setMinimumWidth(self.width())
@@ -58,21 +74,22 @@ class SizeSelect(QComboBox):
         self.activated.emit(row)
 
     def wheelEvent(self, event: QWheelEvent) -> None:  # noqa: N802
-        if self.hasFocus():
+        if self.hasFocus() and self._choosable:
             super().wheelEvent(event)
         else:
             event.ignore()
 
     def paintEvent(self, event: QPaintEvent) -> None:  # noqa: N802
         painter = paint.begin(self)
-        paint.field(painter, self.rect(), self.underMouse())
+        paint.field(painter, self.rect(), self._choosable and self.underMouse())
         size = self.currentData()
         middle = self.height() / 2
         if size is not None:
             paint_shape(painter, QPointF(20, middle), *size)
         area = QRectF(39, 0, self.width() - 39 - 34, self.height())
         paint.text(painter, area, self.currentText(), self.font(), theme.color("text"))
-        paint.icon(painter, "chevron-down", QPointF(self.width() - 18, middle), 16, "text2")
+        if self._choosable:
+            paint.icon(painter, "chevron-down", QPointF(self.width() - 18, middle), 16, "text2")
         painter.end()
 
 
@@ -98,6 +115,11 @@ class SizePicker(QWidget):
         """(name, width, height) as the model offers them."""
         self._presets = presets
         self.set_size(*self._size)
+
+    def set_choosable(self, choosable: bool) -> None:
+        """False where the model takes one size alone: then there is nothing to swap either."""
+        self.select.set_choosable(choosable)
+        self._swap.setVisible(choosable)
 
     def set_size(self, width: int, height: int) -> None:
         self._size = (width, height)

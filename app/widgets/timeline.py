@@ -1,4 +1,4 @@
-"""What comes and what came: Now, how many wait, then this run's pictures, newest first."""
+"""What comes and what came: Now, how many wait, then today's pictures, newest first."""
 
 from __future__ import annotations
 
@@ -87,14 +87,15 @@ class NowTile(QAbstractButton):
     def __init__(self, parent: QWidget | None = None) -> None:
         super().__init__(parent)
         self._image: QImage | None = None
-        self._step, self._steps, self._stopped = 0, 0, False
+        self._step, self._steps, self._mark = 0, 0, ""
         self.setCheckable(True)
         self.setFocusPolicy(Qt.FocusPolicy.TabFocus)
         self.setAccessibleName("Now")
 
-    def set_progress(self, image: QImage | None, step: int, steps: int, stopped: bool) -> None:
-        self._image, self._step, self._steps, self._stopped = image, step, steps, stopped
-        words = "Stopped" if stopped else f"Step {step} of {steps}" if steps else "Starting"
+    def set_progress(self, image: QImage | None, step: int, steps: int, mark: str) -> None:
+        """mark: "" while it is being made, "stop" where the person stopped it, "error" where something else did."""
+        self._image, self._step, self._steps, self._mark = image, step, steps, mark
+        words = "Stopped" if mark else f"Step {step} of {steps}" if steps else "Starting"
         self.setAccessibleDescription(words)
         self.setToolTip(words)
         self.update()
@@ -109,8 +110,8 @@ class NowTile(QAbstractButton):
             paint.ground(painter, area, RADIUS, theme.color("surface"), theme.color("line"))
         ink = theme.color("on-picture" if self._image is not None else "text")
         middle = area.center()
-        if self._stopped:
-            paint.icon(painter, "error", middle, 28, ink)
+        if self._mark:
+            paint.icon(painter, self._mark, middle, 28, ink)
         else:
             ring = QRectF(0, 0, 44, 44)
             ring.moveCenter(middle)
@@ -126,7 +127,7 @@ class NowTile(QAbstractButton):
                 words = f"{self._step}/{self._steps}"
                 paint.text(painter, ring, words, font, ink, Qt.AlignmentFlag.AlignHCenter)
         if self.isChecked():
-            paint_ring(painter, area, "danger" if self._stopped else "accent")
+            paint_ring(painter, area, "danger" if self._mark == "error" else "accent")
         painter.end()
 
 
@@ -157,7 +158,7 @@ class _Pictures(QListView):
         self.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
         self.setVerticalScrollMode(QAbstractItemView.ScrollMode.ScrollPerPixel)
         self.setVerticalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
-        self.setAccessibleName("Pictures of this run")
+        self.setAccessibleName("Pictures of today")
         self._pressed_at: QPoint | None = None
 
     def mousePressEvent(self, event: QMouseEvent) -> None:  # noqa: N802

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,6 +129,69 @@ def test_a_recipe_comes_back_with_its_own_seed(composer: ComposerState) -> None:
     composer.restore(made, made.seed + 2)
     again = composer.next_request("")
     assert again == replace(made, seed=made.seed + 2)
+
+
+def test_a_new_start_goes_on_where_the_last_one_ended(
+    composer: ComposerState, card: ModelCard, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.safetensors"
+    mine.touch()
+    composer.set_prompt("a secret")
+    composer.set_size(320, 192)
+    composer.set_steps(12)
+    composer.set_count(3)
+    composer.set_guidance(2.5)
+    composer.set_seed(41)
+    composer.add_lora(str(mine))
+    composer.set_strength(str(mine), -0.5)
+    composer.add_lora("/gone/gone.safetensors")
+    composer.move_lora(str(mine), -1)
+    told = json.loads(json.dumps(composer.remembered()))
+    assert "a secret" not in json.dumps(told)
+    again = ComposerState()
+    again.set_model(card)
+    again.remember(told)
+    assert again.prompt == ""
+    assert (again.width, again.height, again.steps, again.count, again.guidance) == (320, 192, 12, 3, 2.5)
+    assert (again.seed, again.seed_mode) == (41, "keep")
+    assert [(one.name, one.strength, one.on) for one in again.loras] == [
+        ("mine", -0.5, True),
+        ("3D look", 0.8, False),
+    ]
+
+
+def test_one_up_goes_on_after_a_new_start_and_a_random_seed_is_new(
+    composer: ComposerState, card: ModelCard
+) -> None:
+    composer.set_prompt("x")
+    composer.set_seed(100)
+    composer.set_seed_mode("one up")
+    composer.next_request("")
+    again = ComposerState()
+    again.set_model(card)
+    again.remember(composer.remembered())
+    again.set_prompt("x")
+    assert again.next_request("").seed == 101
+    composer.set_seed_mode("random")
+    third = ComposerState()
+    third.set_model(card)
+    seed = third.seed
+    third.remember(composer.remembered())
+    assert third.seed == seed
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {}, {"width": "x", "steps": None, "loras": 5, "seed_mode": "never"}, {"steps": 1e300, "seed": float("nan")},
+        {"loras": [1, {"file": 5}, {"file": "/gone"}, {}], "guidance": True, "width": -5, "count": 10**9},
+        {"seed_mode": ["keep"], "loras": [{"file": LORA, "strength": "x", "own": None, "on": 1}]},
+    ],
+)  # fmt: skip
+def test_a_damaged_memory_is_as_good_as_none(composer: ComposerState, told: dict[str, Any]) -> None:
+    composer.remember(told)
+    composer.set_prompt("x")
+    assert composer.next_request("").steps == 8
 
 
 def test_a_model_without_guidance_gets_none(composer: ComposerState, card: ModelCard) -> None:

@@ -168,7 +168,8 @@ def test_stop_ends_a_picture_and_leaves_no_file(opened: Opened) -> None:
     opened.idle()
     assert opened.program.history.rowCount() == rows
     assert set(all_files()) == before
-    assert opened.program.generation.status()[0] == "Ready"
+    assert opened.program.generation.status()[0] == "Stopped"
+    assert opened.program.page.stage.picture.left.text().startswith("Stopped at step ")
 
 
 @needs_signals
@@ -239,6 +240,28 @@ def test_an_engine_killed_while_idle_comes_back(opened: Opened) -> None:
     opened.idle()
     assert opened.program.generation.trouble is None
     assert opened.program.history.picture(0).request.prompt == "again"  # type: ignore[union-attr]
+
+
+def test_the_next_start_goes_on_where_this_one_ended(opened: Opened, qapp: QApplication) -> None:
+    """Settings are kept when Generate is pressed: whoever pulls the plug loses nothing."""
+    before = opened.program
+    before.composer.set_seed(4711)
+    opened.ask("kept", steps=3)
+    opened.idle()
+    after = Program(qapp)
+    after.start()
+    opened.wait(lambda: after.history.rowCount() > 0 and after.generation.model.words.startswith("Ready"))
+    assert (after.composer.seed, after.composer.seed_mode, after.composer.steps) == (4711, "keep", 3)
+    assert after.history.rowCount() == before.history.rowCount()
+    assert after.generation.shown is after.history.picture(0)
+    assert after.page.stage.title.text() == "kept"
+    assert after.composer.prompt == "", "words are in the pictures only"
+    after.page.use_recipe()
+    assert after.composer.prompt == "kept"
+    after.window.close()
+    after.close()
+    before.window.activateWindow()
+    opened.wait(before.window.isActiveWindow)
 
 
 def test_closing_while_a_picture_is_made_ends_everything(opened: Opened) -> None:

@@ -158,8 +158,43 @@ def test_stop_stops_this_one_and_stop_all_begins_at_the_back(
     for job in (3, 2):
         generation.on_event(job, Cancelled())
     assert not generation.working
-    assert generation.status()[0] == "Ready"
+    assert generation.status()[0] == "Stopped"
     assert generation.trouble is None, "who stops a picture needs no explanation"
+
+
+def test_what_there_was_of_a_stopped_picture_stays_until_the_next(
+    generation: GenerationState, composer: ComposerState, engine: NotingEngine, made: Callable[[str], int]
+) -> None:
+    made("first")
+    composer.set_prompt("second")
+    generation.generate()
+    job = generation.jobs[0].id
+    generation.on_event(job, ImageStarted(1, 1, 3, 8, 256, 256))
+    generation.on_event(job, StepDone(1, 1, 5, 8, 0.5, picture(16, 16)))
+    generation.stop()
+    generation.on_event(job, Cancelled())
+    assert generation.shown is None, "the stage shows what there is of it"
+    assert generation.step_words()[0] == "Stopped at step 5 of 8"
+    assert generation.button()[0] == "Generate"
+    generation.generate()
+    assert generation.stopped is None
+    assert generation.status()[0] == "Making the picture"
+
+
+def test_taking_a_waiting_one_out_leaves_the_running_one_as_it_is(
+    generation: GenerationState, composer: ComposerState
+) -> None:
+    composer.set_prompt("x")
+    for _ in range(2):
+        generation.generate()
+    first, second = (job.id for job in generation.jobs)
+    generation.on_event(first, ImageStarted(1, 1, 3, 8, 256, 256))
+    generation.on_event(first, StepDone(1, 1, 5, 8, 0.5, picture(16, 16)))
+    generation.remove(second)
+    generation.on_event(second, Cancelled())
+    assert generation.running is not None
+    assert (generation.running.job.id, generation.running.step) == (first, 5)
+    assert generation.status()[0] == "Making the picture"
 
 
 def test_a_failure_says_what_to_do_and_the_rest_waits_for_the_answer(

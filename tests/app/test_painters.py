@@ -70,7 +70,7 @@ def picture_view() -> QWidget:
 
 def now_tile() -> QWidget:
     tile = NowTile()
-    tile.set_progress(images.to_qimage(picture()), 12, 20, stopped=False)
+    tile.set_progress(images.to_qimage(picture()), 12, 20, "")
     tile.setChecked(True)
     return tile
 

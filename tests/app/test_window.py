@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +21,9 @@ from app.state.memory import MemoryState
 from app.state.models import ModelsState
 from app.state.settings import Settings
 from app.theme import Theme
+from app.widgets.button import Button
 from app.widgets.focus_ring import FocusRing
-from engine.events import Failed, Finished, ImageDone, ImageStarted, Loading, Planned, Prepared, StepDone
+from engine.events import Cancelled, Failed, Finished, ImageDone, ImageStarted, Loading, Planned, Prepared, StepDone
 from engine.folders import ModelCard
 from engine.monitor import Sample
 from engine.problems import engine_stopped
@@ -344,6 +345,57 @@ def test_the_window_remembers_its_size(opened: Opened, qtbot: QtBot) -> None:
     )
     qtbot.addWidget(again)
     assert (again.width(), again.height()) == (900, 666)
+
+
+def test_a_tall_window_leaves_the_prompt_as_high_as_its_words(opened: Opened, qtbot: QtBot) -> None:
+    prompt, high = opened.page.composer.prompt, 144  # four lines and the footer
+    for size in ((1280, 800), (1440, 1100)):
+        opened.window.resize(*size)
+        QApplication.processEvents()
+        assert prompt.height() == high
+
+
+def test_one_size_alone_is_shown_and_not_offered(opened: Opened, card: ModelCard) -> None:
+    picker = opened.page.composer.size_picker
+    swap = picker.findChild(Button)
+    assert picker.select.focusPolicy() == Qt.FocusPolicy.StrongFocus
+    assert swap is not None
+    assert swap.isVisible()
+    opened.composer.set_model(replace(card, presets=(("Square", 256, 256),), size_min=256, size_max=256))
+    assert picker.select.currentText() == "Square  256 × 256"
+    assert picker.select.focusPolicy() == Qt.FocusPolicy.NoFocus
+    assert "this size only" in picker.select.toolTip()
+    assert not swap.isVisible()
+
+
+def test_the_built_in_model_shows_what_its_prompts_and_its_lora_look_like(opened: Opened, qtbot: QtBot) -> None:
+    models = ModelsState()
+    models.read_built_in()
+    opened.composer.set_model(models.cards[0])
+    page = opened.page
+    prompts, pictures = page._suggestions_of(models.cards[0])
+    assert len(prompts) == len(pictures) == 3
+    assert None not in pictures
+    assert page.composer.loras.rows()[0]._view.cover is not None
+
+
+def test_stopping_is_told_where_the_picture_was(opened: Opened) -> None:
+    opened.composer.set_prompt("a red fox")
+    opened.page.generate()
+    job, request = opened.image_jobs()[0]
+    opened.generation.on_event(job, ImageStarted(1, 1, request.seed, 8, 256, 256))
+    opened.generation.on_event(job, StepDone(1, 1, 5, 8, 0.5, picture(16, 16)))
+    opened.page.composer.footer.stop.click()
+    opened.generation.on_event(job, Cancelled())
+    assert opened.window.status.state.text() == "Stopped"
+    assert opened.page.stage.picture.left.text() == "Stopped at step 5 of 8"
+    assert opened.page.timeline.now.isVisible()
+    assert opened.page.timeline.now.toolTip() == "Stopped"
+    assert not opened.page.stage.strip.isVisible()
+    assert not opened.page.composer.footer.stop.isVisible()
+    opened.make("another")
+    assert not opened.page.timeline.now.isVisible()
+    assert opened.window.status.state.text() == "Ready"
 
 
 def test_a_drag_begins_at_the_picture_only(opened: Opened) -> None:
