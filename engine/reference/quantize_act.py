@@ -196,6 +196,13 @@ def dequantize(act: QuantizedAct) -> Tensor:
     return values * act.scales.T.repeat_interleave(INT4_GROUP, dim=1)
 
 
+def saturated(act: QuantizedAct) -> Tensor:
+    """How many e4m3 codes stand at an end of the grid, () int64: a row's largest, and what a fixed scale cut off."""
+    if act.format != "e4m3":
+        raise ValueError(f'saturated: only "e4m3" saturates, got "{act.format}"')
+    return ((act.codes & 0x7F) == 0x7E).sum()
+
+
 def pack_nibbles(codes: Tensor) -> Tensor:
     """(M, K) int8 or uint8, the low four bits of each -> (M, K/2) uint8, even column in the low nibble."""
     nibbles = codes.view(torch.uint8) & 15

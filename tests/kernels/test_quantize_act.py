@@ -25,6 +25,7 @@ from engine.reference.quantize_act import (
     quantize_act_e4m3,
     quantize_act_int4,
     quantize_act_nvfp4,
+    saturated,
     smooth,
     unpack_nibbles,
 )
@@ -143,6 +144,13 @@ def test_a_fixed_e4m3_scale_saturates_and_never_overflows() -> None:
     codes, ascales = quantize_act_e4m3(x, torch.ones(4), scale=torch.tensor(0.5))
     assert codes.float().tolist() == [[2.0, 448.0, -448.0, 0.5]]
     assert ascales.tolist() == [0.5]
+
+
+def test_codes_at_the_end_of_the_grid_can_be_counted() -> None:
+    codes = torch.tensor([[448.0, -448.0, 416.0, 0.0] * 16]).to(torch.float8_e4m3fn).view(torch.uint8)
+    assert int(saturated(QuantizedAct("e4m3", codes, torch.ones(1), None))) == 32
+    with pytest.raises(ValueError, match="half"):
+        saturated(QuantizedAct("half", torch.ones(1, 64), None, None))
 
 
 @pytest.mark.parametrize("tiny", [0.0, 1e-42])
