@@ -1,9 +1,11 @@
 """What each step of the quantizer buys: errors of every layer, and how near the pictures stay. Prints Markdown.
 
     python -m tests.measure.quantizer_table BUNDLE [--t5 FILE] [--errors-only]
+    python -m tests.measure.quantizer_table --synthetic      the made-up layer with strong outliers of the tests
 
 BUNDLE: a folder with a bundle.json and a 16-bit network. It is converted five times; 16 pictures are drawn
-from each file and compared with those of the 16-bit network: same prompts, same seeds. --t5: a 4-bit T5 to compare as well.
+from each file and compared with those of the 16-bit network: same prompts, same seeds. --t5: a 4-bit T5 to
+compare as well.
 """
 
 from __future__ import annotations
@@ -114,12 +116,30 @@ def print_errors(name: str, result: dict[str, Any]) -> None:
         print(f"Worse by {words}: {', '.join(names) or 'no layer'}.")
 
 
+def print_synthetic() -> None:
+    """One linear, 256 x 256, every fiftieth channel thirty times as large; errors on rows no step has seen."""
+    from engine.quantizer.quantize_layer import Settings, quantize_shared_input
+    from tests.engine.quantizer.test_quantize_layer import ROWS, layer
+
+    print("| synthetic layer | nearest | smoothed | SVDQuant | final |\n| --- | --- | --- | --- | --- |")
+    for precision in ("int4", "nvfp4"):
+        (made,) = quantize_shared_input([layer()], ROWS, Settings(precision, 32, "gptq", smooth=True))
+        errors = made.errors
+        values = (errors.rtn, errors.smooth, errors.svdquant, errors.final)
+        print(f"| {precision}, rank 32 | " + " | ".join(f"{value:.4f}" for value in values) + " |")
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    arguments.add_argument("bundle", type=Path)
+    arguments.add_argument("bundle", type=Path, nargs="?")
+    arguments.add_argument("--synthetic", action="store_true")
     arguments.add_argument("--t5", type=Path)
     arguments.add_argument("--errors-only", action="store_true")
     chosen = arguments.parse_args()
+    if chosen.synthetic:
+        print_synthetic()
+    if chosen.bundle is None:
+        return
     engine = Engine()
     rows: list[str] = []
     print(
