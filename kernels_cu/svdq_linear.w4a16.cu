@@ -1,4 +1,4 @@
-// svdq_linear.w4a16: 16-bit activations x 4-bit weights expanded in registers, then the low-rank branch and an epilogue.
+// svdq_linear.w4a16: 16-bit activations x 4-bit weights expanded in registers, the low-rank branch, an epilogue.
 //
 //   act      (M, K)        h      activations, smoothed
 //   ascales                null   there are none
@@ -6,14 +6,15 @@
 //              WEIGHTS_INT4 4352 bytes, WEIGHTS_NVFP4 4608 bytes
 //   outer    (N to 128)    fp32   a scale per out channel, or null; takes back what nvfp4's exponents were moved by
 // Work:   common/w4a16.cuh. Launch: grid (ceil(M/128), ceil(N/128)), block 128.
-// Bound:  tensor units where fp32 sums run at half rate (GeForce); elsewhere issue slots: of a register of B, 4 operations for
-//         2 mma.
+// Bound:  issue slots: 3 to 4 operations expand a register of B, which serves 2 mma; tensor units on GeForce, where
+//         fp32 sums run at half rate.
 // Limits: 255 registers, 42 KiB of shared memory; two blocks an SM.
 // Truth:  engine/reference/svdq_linear.py
 #include "common/w4a16.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-svdq_linear(const h_t* act, const void* ascales, const u8* weights, const float* outer, int k, EPILOGUE_PARAMETERS) {
+    svdq_linear(const h_t* act, const void* ascales, const u8* weights, const float* outer, int k,
+                EPILOGUE_PARAMETERS) {
   using Tile = HalfTile<2>;
   __shared__ __align__(128) u8 shared[STAGES * Tile::STAGE_BYTES];
   const Epilogue e = {EPILOGUE_ARGUMENTS};

@@ -3,15 +3,16 @@
 //   act      (M, K/2)      uint8  codes, even column in the low nibble; signed, or 0..15 if ACT_UNSIGNED
 //   ascales  (K/64, M)     fp32   one scale per row and group
 //   weights  (N/128, K/64) records of 4352 bytes (pack_w4a4 in engine/kernels/_arrange.py), N filled up with zeros:
-//              codes   (8, 32, 4) words: tiles 2 p and 2 p + 1, lane, {b0 b1 of the even tile, b0 b1 of the odd one}
+//              codes   (8, 32, 4) words: tiles 2 p and 2 p + 1, lane, {even tile's b0 b1, odd tile's b0 b1}
 //              scales  (4, 4, 8) h: tiles 4 i .. 4 i + 3, q, the tile's columns 2 q and 2 q + 1
 //   outer    (N to 128)    fp32   a scale per out channel, or null
-// Work:   128 x 128 a block, 4 warps of 32 x 128. An mma m16n8k64 is one group; its integer sums start from MAGIC, so that
-//         their bits are the float MAGIC_FLOAT + sum. fma(that, w, -MAGIC_FLOAT * w) is w * sum without any rounding,
-//         since w has at most 11 bits and the sum 13; a second fma brings the activation's scale and the running sum.
+// Work:   128 x 128 a block, 4 warps of 32 x 128. An mma m16n8k64 is one group; its integer sums start from MAGIC,
+//         so that their bits are the float MAGIC_FLOAT + sum. fma(that, w, -MAGIC_FLOAT * w) is w * sum without any
+//         rounding, since w has at most 11 bits and the sum 13; a second fma brings the activation's scale and the
+//         running sum.
 // Launch: grid (ceil(M/128), ceil(N/128)), block 128.
-// Bound:  sm_80: fp32 units (8 fma an mma, 16 cycles of theirs against 8 of the tensor unit); sm_86, 89: tensor units.
-//         From sm_90 on the compiler puts int8 and shifts in the place of s4 mma: right, and slow.
+// Bound:  sm_80: fp32 units (8 fma an mma, 16 cycles of theirs against 8 of the tensor unit); sm_86, 89: tensor
+//         units. From sm_90 on the compiler puts int8 and shifts in the place of s4 mma: right, and slow.
 // Limits: 255 registers, 33 KiB of shared memory; two blocks an SM.
 // Truth:  engine/reference/svdq_linear.py
 #include "common/pipeline.cuh"
@@ -25,8 +26,8 @@ struct Int4Tile {
 
   float (&acc)[ROW_TILES][16][4];
   const u8 *act, *record;
-  const float* ascales;              // of the group after the next, row g of this warp
-  float ascale[ROW_TILES][2] = {};   // of the next group: on their way while one is multiplied
+  const float* ascales;             // of the group after the next, row g of this warp
+  float ascale[ROW_TILES][2] = {};  // of the next group: on their way while one is multiplied
   int second_row, m, rows_left, groups_left;
 
   __device__ __forceinline__ Int4Tile(float (&acc)[ROW_TILES][16][4], const u8* codes, const float* scales,
@@ -52,7 +53,9 @@ struct Int4Tile {
   }
 
   // Rows of 32 bytes; the halves change places every 4 rows, so that 8 rows of ldmatrix meet all 32 banks.
-  static __device__ __forceinline__ int act_place(int row, int half) { return row * 32 + (half ^ (row >> 2 & 1)) * 16; }
+  static __device__ __forceinline__ int act_place(int row, int half) {
+    return row * 32 + (half ^ (row >> 2 & 1)) * 16;
+  }
 
   __device__ __forceinline__ void load(u8* stage) {
     const int thread = threadIdx.x;
@@ -92,8 +95,8 @@ struct Int4Tile {
     }
   }
 
-  __device__ __forceinline__ void multiply_tile(int j, const u32 (&a)[ROW_TILES][4], const float (&ascale)[ROW_TILES][2],
-                                                u32 b0, u32 b1, float2 w) {
+  __device__ __forceinline__ void multiply_tile(int j, const u32 (&a)[ROW_TILES][4],
+                                                const float (&ascale)[ROW_TILES][2], u32 b0, u32 b1, float2 w) {
     const float2 offset = make_float2(-MAGIC_FLOAT * w.x, -MAGIC_FLOAT * w.y);
 #pragma unroll
     for (int t = 0; t < ROW_TILES; ++t) {
@@ -101,7 +104,7 @@ struct Int4Tile {
       mma_int4_k64(sums, a[t], b0, b1, MAGIC);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float(&c)[4] = acc[t][j];
+        float (&c)[4] = acc[t][j];
         c[2 * r] = fmaf(fmaf(__int_as_float(sums[2 * r]), w.x, offset.x), ascale[t][r], c[2 * r]);
         c[2 * r + 1] = fmaf(fmaf(__int_as_float(sums[2 * r + 1]), w.y, offset.y), ascale[t][r], c[2 * r + 1]);
       }
@@ -110,7 +113,8 @@ struct Int4Tile {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-svdq_linear(const u8* act, const float* ascales, const u8* weights, const float* outer, int k, EPILOGUE_PARAMETERS) {
+    svdq_linear(const u8* act, const float* ascales, const u8* weights, const float* outer, int k,
+                EPILOGUE_PARAMETERS) {
   __shared__ __align__(128) u8 shared[STAGES * Int4Tile::STAGE_BYTES];
   const Epilogue e = {EPILOGUE_ARGUMENTS};
   float acc[ROW_TILES][16][4] = {};

@@ -18,6 +18,11 @@ TILE_COLUMNS = 128
 # normal numbers: code + 24, and the seven subnormals m * 2^-9 one by one.
 _WIDE_SCALES = torch.tensor([0, 8, 16, 20, 24, 26, 28, 30, *range(32, 153), *[0] * 127], dtype=torch.uint8)
 # An e2m1 code's bits are its value * 2^-126 as bf16 or * 2^-14 as fp16; the scales come * 2^118 or 2^7.
+# The first two codes of four need one shift, or none, to bring sign and bits to their place in h; the others two.
+NVFP4_PLACES = {
+    torch.bfloat16: ((15, 6), (12, 3), (14, 9), (13, 0)),
+    torch.float16: ((15, 9), (7, 1), (8, 12), (0, 4)),
+}
 _NVFP4_FACTOR = {torch.bfloat16: 2.0**8, torch.float16: 2.0**7}
 
 
@@ -58,7 +63,7 @@ def pack_w4a16(weights: SVDQuantWeights, dtype: torch.dtype) -> tuple[Tensor, Te
     else:
         bits = weights.wscales.view(torch.uint8).int()
         silent = (bits == 0).repeat_interleave(16, dim=1)  # a scale of 0 has no code of its own: its codes are 0
-        codes = _fragments_k32(weights.codes.masked_fill(silent, 0))
+        codes = _fragments_k32(weights.codes.masked_fill(silent, 0), NVFP4_PLACES[dtype])
         wide = pad_rows(_WIDE_SCALES.to(bits.device)[bits])
         wide = wide.view(-1, 2, 8, 8, weights.in_features // 32, 2)  # N/128, eight tiles, tile, g, K/32, k16
         scales = wide.permute(0, 4, 1, 3, 2, 5).reshape(wide.shape[0], -1, 512)
@@ -102,14 +107,22 @@ def _half_scales(wscales: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
     return (wscales.float() / factor).to(dtype), factor
 
 
-def _fragments_k32(codes: Tensor) -> Tensor:
+def _fragments_k32(codes: Tensor, places: tuple[tuple[int, int], ...] | None = None) -> Tensor:
     """(N, K) codes 0..15 -> (N/128, K/32, 2048) uint8: 16 bytes a lane are four tiles' B fragments for k32.
 
-    Nibble 2 s + r of a word's lower half is channel 16 s + 8 r + 2 q; the upper half has the channels behind them.
+    Code i = 2 s + r of a word's lower half is channel 16 s + 8 r + 2 q; the upper half has the ones behind them.
+    places: the sign's bit and the lowest bit of the magnitude of each of the four; None: nibbles in order.
     """
     codes = pad_rows(codes.view(torch.uint8))
     codes = codes.view(codes.shape[0], -1, 2, 2, 4, 2).permute(0, 1, 4, 5, 2, 3)  # N, K/32, q, 2, k16, k8
-    words = _pack_pairs(codes.reshape(codes.shape[0], -1, 8)).view(torch.int32)  # (N, K/32 * 4, 1)
+    if places is None:
+        words = _pack_pairs(codes.reshape(codes.shape[0], -1, 8)).view(torch.int32).squeeze(2)
+    else:
+        halves = torch.zeros(codes.shape[:4], dtype=torch.int32, device=codes.device)
+        for code, (sign, magnitude) in zip(codes.flatten(4).unbind(4), places, strict=True):
+            code = code.int()
+            halves |= (code >> 3 << sign) | ((code & 7) << magnitude)
+        words = halves.to(torch.int16).view(torch.int32).flatten(1)
     words = words.view(-1, 4, 4, 8, words.shape[1] // 4, 4)  # N/128, four tiles, tile, g, K/32, q
     return words.permute(0, 4, 1, 3, 5, 2).contiguous().view(torch.uint8).flatten(2)
 

@@ -1,4 +1,4 @@
-// Numbers in few bits, in the very operations of engine/reference/quantize_act.py: fused or not, a code is the same.
+// Numbers in few bits, by the operations of engine/reference/quantize_act.py: a code is the same, fused or not.
 #pragma once
 
 #include "common/half.cuh"

@@ -1,5 +1,5 @@
-// Copies from global to shared memory that need no registers and are waited for in groups. sm_75 has none: there they are
-// ordinary copies, done when the call returns, and the waits are empty.
+// Copies from global to shared memory that need no registers and are waited for in groups. sm_75 has none: there
+// they are ordinary copies, done when the call returns, and the waits are empty.
 #pragma once
 
 #include "common/half.cuh"
@@ -11,7 +11,8 @@ __device__ __forceinline__ u32 shared_address(const void* shared) {
 // 16 bytes, both addresses multiples of 16; zeros where not valid, and then nothing is read.
 __device__ __forceinline__ void cp_async16(void* shared, const void* global, bool valid = true) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 16 : 0)
                : "memory");
 #else
   *static_cast<uint4*>(shared) = valid ? __ldg(static_cast<const uint4*>(global)) : make_uint4(0, 0, 0, 0);
@@ -21,7 +22,8 @@ __device__ __forceinline__ void cp_async16(void* shared, const void* global, boo
 // 4 bytes, both addresses multiples of 4.
 __device__ __forceinline__ void cp_async4(void* shared, const void* global, bool valid = true) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid ? 4 : 0)
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 4 : 0)
                : "memory");
 #else
   *static_cast<u32*>(shared) = valid ? __ldg(static_cast<const u32*>(global)) : 0;

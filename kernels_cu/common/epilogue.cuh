@@ -1,11 +1,12 @@
-// What svdq_linear does with a warp's 16 x 128 sums: bias, low-rank product, one of five ends. In registers; no shared memory.
+// What svdq_linear does with a warp's 16 x 128 sums: bias, low-rank product, one of five ends. All in registers.
 //
 // Every plan's main loop ends in finish_rows(acc, row0, col0, e); all lanes of the warp call it. Lane = 4 * g + q:
-//   acc[j][0..1]  row row0 + g,     columns col0 + 8 j + 2 q + {0, 1};   acc[j][2..3]  row row0 + g + 8;   j = 0..15
-// acc holds activation scale x weight scale x code sums, wtscale and wcscales included; row0 is a multiple of 16, col0 of 128.
-// Rows from m on and columns from n on (a multiple of 8; 64 for GELU_QUANTIZE) are computed and not stored.
+//   acc[j][0..1]  row row0 + g, columns col0 + 8 j + 2 q + {0, 1};  acc[j][2..3]  row row0 + g + 8;  j = 0..15
+// acc holds activation scale x weight scale x code sums, wtscale and wcscales included; row0 is a multiple of 16,
+// col0 of 128. Rows from m on and columns from n on (a multiple of 8; 64 for GELU_QUANTIZE) are computed and not
+// stored.
 //
-// A kernel takes EPILOGUE_PARAMETERS last and says `const Epilogue e = {EPILOGUE_ARGUMENTS};`. Compile-time choices:
+// A kernel takes EPILOGUE_PARAMETERS last and says `const Epilogue e = {EPILOGUE_ARGUMENTS};`. Chosen by defines:
 //   EPILOGUE    below          LOW_FIXED  1: `low` is int64 in units of 2^-28, 0: fp32
 //   OUT_FORMAT  FORMAT_*, of GELU_QUANTIZE
 // Truth: engine/reference/svdq_linear.py
@@ -34,13 +35,13 @@ struct Epilogue {
   const float* rank_scales;  // (rank/16)
   int low_stride, rank, m, n;
 #if EPILOGUE == GELU_QUANTIZE
-  u8* codes;                         // (M, N) in OUT_FORMAT
-  void* scales;                      // of OUT_FORMAT; e4m3: (M) fp32 written by the first columns
-  const float *smooth, *inverse;     // (N) smooth_factor of the next linear, and 1 / smooth_factor
-  const uint4* next_down;            // (next_rank/16, N/32, 2, 32) x 16 bytes: packed_down of its ActTarget
-  const float* next_rank_scales;     // (next_rank/16)
-  unsigned long long* next_low;      // (M, next_rank) in units of 2^-28, zeroed: the sums are added
-  const float* row_scales;           // (M) e4m3 only: a row's output scale is slope * row_scales[m] + offset
+  u8* codes;                      // (M, N) in OUT_FORMAT
+  void* scales;                   // of OUT_FORMAT; e4m3: (M) fp32 written by the first columns
+  const float *smooth, *inverse;  // (N) smooth_factor of the next linear, and 1 / smooth_factor
+  const uint4* next_down;         // (next_rank/16, N/32, 2, 32) x 16 bytes: packed_down of its ActTarget
+  const float* next_rank_scales;  // (next_rank/16)
+  unsigned long long* next_low;   // (M, next_rank) in units of 2^-28, zeroed: the sums are added
+  const float* row_scales;        // (M) e4m3 only: a row's output scale is slope * row_scales[m] + offset
   int next_rank;
   float shift, slope, offset;
 #else
@@ -57,26 +58,26 @@ struct Epilogue {
 #endif
 };
 
-#define LINEAR_PARAMETERS                                                                                         \
-  const float *bias, const void *low, const uint4 *proj_up, const float *rank_scales, int low_stride, int rank,   \
+#define LINEAR_PARAMETERS \
+  const float *bias, const void *low, const uint4 *proj_up, const float *rank_scales, int low_stride, int rank, \
       int m, int n
 #define LINEAR_ARGUMENTS bias, low, proj_up, rank_scales, low_stride, rank, m, n
 #if EPILOGUE == GELU_QUANTIZE
-#define EPILOGUE_PARAMETERS                                                                                       \
-  LINEAR_PARAMETERS, u8 *codes, void *scales, const float *smooth, const float *inverse, const uint4 *next_down,  \
-      const float *next_rank_scales, unsigned long long *next_low, const float *row_scales, int next_rank,        \
+#define EPILOGUE_PARAMETERS \
+  LINEAR_PARAMETERS, u8 *codes, void *scales, const float *smooth, const float *inverse, const uint4 *next_down, \
+      const float *next_rank_scales, unsigned long long *next_low, const float *row_scales, int next_rank, \
       float shift, float slope, float offset
-#define EPILOGUE_ARGUMENTS                                                                                        \
+#define EPILOGUE_ARGUMENTS \
   LINEAR_ARGUMENTS, codes, scales, smooth, inverse, next_down, next_rank_scales, next_low, row_scales, next_rank, \
       shift, slope, offset
 #elif EPILOGUE == QK_NORM_ROPE
-#define EPILOGUE_PARAMETERS                                                                                       \
-  LINEAR_PARAMETERS, h_t *out, int out_stride, const float *norm_q, const float *norm_k, const float *cos,        \
+#define EPILOGUE_PARAMETERS \
+  LINEAR_PARAMETERS, h_t *out, int out_stride, const float *norm_q, const float *norm_k, const float *cos, \
       const float *sin
 #define EPILOGUE_ARGUMENTS LINEAR_ARGUMENTS, out, out_stride, norm_q, norm_k, cos, sin
 #elif EPILOGUE == GATE_RESIDUAL
-#define EPILOGUE_PARAMETERS                                                                                       \
-  LINEAR_PARAMETERS, h_t *out, int out_stride, const h_t *residual, const void *gate, int residual_stride,        \
+#define EPILOGUE_PARAMETERS \
+  LINEAR_PARAMETERS, h_t *out, int out_stride, const h_t *residual, const void *gate, int residual_stride, \
       int gate_is_float
 #define EPILOGUE_ARGUMENTS LINEAR_ARGUMENTS, out, out_stride, residual, gate, residual_stride, gate_is_float
 #else
@@ -86,7 +87,7 @@ struct Epilogue {
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
 
-// ---- what every end needs -----------------------------------------------------------------------------------------
+// ---- what every end needs ---------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void add_bias(float (&acc)[16][4], int col0, const Epilogue& e) {
   if (e.bias == nullptr) return;
@@ -110,8 +111,8 @@ __device__ __forceinline__ u32 scaled_low(const Epilogue& e, size_t row, int ran
   return pack_h2(low.x * scale, low.y * scale);
 }
 
-// acc += h(low * scale) @ proj_up^T, 16 ranks at a time; ranks whose scale is 0 are left out, so that a LoRA at strength 0
-// changes no bit.
+// acc += h(low * scale) @ proj_up^T, 16 ranks at a time; ranks whose scale is 0 are left out, so that a LoRA at
+// strength 0 changes no bit.
 __device__ __forceinline__ void add_low_rank(float (&acc)[16][4], int row0, int col0, const Epilogue& e) {
   const int slices = e.rank / 16, g = lane_id() / 4, q = lane_id() & 3;
   const size_t row = min(row0 + g, e.m - 1), row8 = min(row0 + g + 8, e.m - 1);
@@ -136,7 +137,7 @@ __device__ __forceinline__ void add_low_rank(float (&acc)[16][4], int row0, int 
   }
 }
 
-// ---- stores: a quad exchanges words so that every lane writes 16 bytes ----------------------------------------------
+// ---- stores: a quad exchanges words so that every lane writes 16 bytes ------------------------------------------
 
 // Afterwards w[i] is what lane i of the quad held in w[q].
 __device__ __forceinline__ void transpose_in_quad(u32 (&w)[4]) {
@@ -155,7 +156,7 @@ __device__ __forceinline__ void transpose_in_quad(u32 (&w)[4]) {
   }
 }
 
-// acc as h, and per lane eight neighbouring columns: w[t][half] are columns col0 + 32 t + 8 q .. + 7 of row g + 8 half.
+// acc as h, and a lane gets eight neighbouring columns: w[t][half] are col0 + 32 t + 8 q .. + 7 of row g + 8 half.
 __device__ __forceinline__ void gather_columns(u32 (&w)[4][2][4], const float (&acc)[16][4]) {
 #pragma unroll
   for (int t = 0; t < 4; ++t)
@@ -167,8 +168,8 @@ __device__ __forceinline__ void gather_columns(u32 (&w)[4][2][4], const float (&
     }
 }
 
-__device__ __forceinline__ void store_rows(const u32 (&w)[4][2][4], int row0, int col0, h_t* out, size_t stride, int m,
-                                           int n) {
+__device__ __forceinline__ void store_rows(const u32 (&w)[4][2][4], int row0, int col0, h_t* out, size_t stride,
+                                           int m, int n) {
   const int row = row0 + lane_id() / 4, column = col0 + 8 * (lane_id() & 3);
 #pragma unroll
   for (int half = 0; half < 2; ++half)
@@ -189,7 +190,7 @@ __device__ __forceinline__ float quad_max(float x) {
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
-// ---- the ends -------------------------------------------------------------------------------------------------------
+// ---- the ends ---------------------------------------------------------------------------------------------------
 
 #if EPILOGUE == GELU || EPILOGUE == GELU_QUANTIZE
 // y / (1 + exp(-2 u)) = y / 2 (1 + tanh u), u = sqrt(2 / pi) (y + 0.044715 y^3)
@@ -201,7 +202,8 @@ __device__ __forceinline__ float gelu(float y) {
 
 #if EPILOGUE == QK_NORM_ROPE
 // Columns q | k | v, a head a tile: x / rms(x) * weight, then neighbouring pairs turn by the row's angles.
-__device__ __forceinline__ void norm_and_turn(float (&acc)[16][4], int row0, const float* weight, const Epilogue& e) {
+__device__ __forceinline__ void norm_and_turn(float (&acc)[16][4], int row0, const float* weight,
+                                              const Epilogue& e) {
   const int g = lane_id() / 4, q = lane_id() & 3;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -254,8 +256,8 @@ __device__ __forceinline__ void gate_onto_residual(float (&acc)[16][4], int row0
 #endif
 
 #if EPILOGUE == GELU_QUANTIZE
-// next_low += x @ proj_down over this tile's 128 channels. Both operands of the mma take channels in the order in which a
-// lane has them. Sums of 128 in fp32, then integers: in whatever order the tiles come, the total is the same.
+// next_low += x @ proj_down over this tile's 128 channels. Both operands of the mma take channels in the order in
+// which a lane has them. Sums of 128 in fp32, then integers: the total does not depend on the tiles' order.
 __device__ __forceinline__ void project_down(const u32 (&x)[4][2][4], int row0, int col0, const Epilogue& e) {
   const int g = lane_id() / 4, q = lane_id() & 3;
 #pragma unroll 1
@@ -335,7 +337,8 @@ __device__ __forceinline__ u32 codes_of(const float (&v)[8], float inverse_scale
 }
 
 // One row of the tile, x[t] columns col0 + 32 t + 8 q .. + 7: codes and scales as quantize_act lays them out.
-__device__ __forceinline__ void quantize_row(const u32 (&x)[4][2][4], int half, int row, int col0, const Epilogue& e) {
+__device__ __forceinline__ void quantize_row(const u32 (&x)[4][2][4], int half, int row, int col0,
+                                             const Epilogue& e) {
   const int q = lane_id() & 3, safe_row = min(row, e.m - 1);
 #if OUT_FORMAT == FORMAT_E4M3
   const float scale = __fadd_rn(__fmul_rn(e.slope, e.row_scales ? e.row_scales[safe_row] : 1.0f), e.offset);
@@ -368,18 +371,18 @@ __device__ __forceinline__ void quantize_row(const u32 (&x)[4][2][4], int half, 
       const float inverse = reciprocal_of_scale(e4m3_value(code));
       if (row < e.m) {
         if (q % 2 == 0) static_cast<u8*>(e.scales)[size_t(row) * (e.n / 16) + (column + 32 * i) / 16] = code;
-        *reinterpret_cast<u32*>(e.codes + size_t(row) * (e.n / 2) + (column + 32 * i) / 2) = codes_of(v[i], inverse);
+        *reinterpret_cast<u32*>(e.codes + size_t(row) * (e.n / 2) + (column + 32 * i) / 2) =
+            codes_of(v[i], inverse);
       }
     }
 #elif OUT_FORMAT == FORMAT_E4M3
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       if (row < e.m)
-        *reinterpret_cast<uint2*>(e.codes + size_t(row) * e.n + column + 32 * i) =
-            make_uint2(e4m3_pair(v[i][0] * inverse, v[i][1] * inverse) |
-                           e4m3_pair(v[i][2] * inverse, v[i][3] * inverse) << 16,
-                       e4m3_pair(v[i][4] * inverse, v[i][5] * inverse) |
-                           e4m3_pair(v[i][6] * inverse, v[i][7] * inverse) << 16);
+        *reinterpret_cast<uint2*>(e.codes + size_t(row) * e.n + column + 32 * i) = make_uint2(
+            e4m3_pair(v[i][0] * inverse, v[i][1] * inverse) | e4m3_pair(v[i][2] * inverse, v[i][3] * inverse) << 16,
+            e4m3_pair(v[i][4] * inverse, v[i][5] * inverse) | e4m3_pair(v[i][6] * inverse, v[i][7] * inverse)
+                                                                  << 16);
 #else
 #pragma unroll
     for (int i = 0; i < 2; ++i)
@@ -393,7 +396,6 @@ __device__ __forceinline__ void quantize_row(const u32 (&x)[4][2][4], int half, 
 #endif  // GELU_QUANTIZE
 
 __device__ __forceinline__ void finish_rows(float (&acc)[16][4], int row0, int col0, const Epilogue& e) {
-
   add_bias(acc, col0, e);
   add_low_rank(acc, row0, col0, e);
 #if EPILOGUE == GELU || EPILOGUE == GELU_QUANTIZE

@@ -1,4 +1,4 @@
-// e4m3 and e2m1 from fp32: nearest, ties to even, saturating. Native from sm_89 (e4m3) and sm_100 (e2m1), else in software.
+// e4m3 and e2m1 from fp32: nearest, ties to even, saturating. In software before sm_89 (e4m3) and sm_100 (e2m1).
 #pragma once
 
 #include <cuda_fp4.h>

@@ -1,8 +1,8 @@
 // Matrix instructions of one warp. Lane = 4 * g + q; all fragments are of 16 rows of A and 8 columns of B.
 //
 //   C (16, 8)   c0 c1: row g, columns 2q, 2q + 1; c2 c3: row g + 8
-//   h, k16      A: a0 row g, k 2q..2q+1; a1 row g + 8; a2, a3 the same at k + 8.  B: b0 column g, k 2q..2q+1; b1 at k + 8
-//   4 bit, k64  A: a0 row g, k 8q..8q+7; a1 row g + 8; a2, a3 the same at k + 32. B: b0 column g, k 8q..8q+7; b1 at k + 32
+//   h, k16      A: a0 row g, k 2q, 2q + 1; a1 row g + 8; a2, a3 at k + 8.   B: b0 column g, k 2q, 2q + 1; b1 at + 8
+//   4 bit, k64  A: a0 row g, k 8q..8q + 7; a1 row g + 8; a2, a3 at k + 32.  B: b0 column g, k 8q..8q + 7; b1 at + 32
 // sm_75 has halves of these instructions; the fragments stay the same.
 #pragma once
 
@@ -11,27 +11,23 @@
 __device__ __forceinline__ void mma_h_k16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 #if __CUDA_ARCH__ >= 800
 #if H_BF16
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
 #else
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
 #endif
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
-  asm(
-      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(b0));
-  asm(
-      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[2]), "r"(a[3]), "r"(b1));
 #endif
 }
 
-// c = bias + a b over 64 products of 4-bit integers; b is signed, a signed or (ACT_UNSIGNED) 0..15. Any |sum| fits: 64 * 15 * 8.
+// c = bias + a b over 64 products of 4-bit integers; b is signed, a signed or (ACT_UNSIGNED) 0..15.
 #if ACT_UNSIGNED
 #define INT4_TYPES "u4.s4"
 #else
@@ -39,7 +35,8 @@ __device__ __forceinline__ void mma_h_k16(float (&c)[4], const u32 (&a)[4], u32 
 #endif
 __device__ __forceinline__ void mma_int4_k64(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, int bias) {
 #if __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k64.row.col.s32." INT4_TYPES ".s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+  asm("mma.sync.aligned.m16n8k64.row.col.s32." INT4_TYPES
+      ".s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
       : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(bias));
 #else

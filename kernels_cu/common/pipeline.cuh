@@ -1,9 +1,9 @@
-// The main loop that w4a4 and w4a16 share: 128 rows x 128 columns a block, 4 warps of 32 rows, stages of K through shared memory.
+// The main loop that plans share: 128 rows x 128 columns a block, 4 warps of 32 rows, K in stages of shared memory.
 //
 // A Tile says what a stage is and what is done with it:
 //   STAGE_BYTES       multiple of 128
 //   load(stage, s)    this thread's share of the copies of stage s, in order s = 0, 1, ...
-//   multiply(stage)   adds the stage into acc[2][16][4], rows 16 t + g (+ 8) of the warp, columns as epilogue.cuh has them
+//   multiply(stage)   adds the stage into acc[2][16][4], row tiles of 16, each as epilogue.cuh has it
 #pragma once
 
 #include "common/cp_async.cuh"
@@ -37,7 +37,8 @@ __device__ __forceinline__ void sum_over_k(Tile& tile, u8* shared, int stages) {
 }
 
 // outer: (N to 128) fp32, one scale per out channel, or null.
-__device__ __forceinline__ void finish_block(float (&acc)[ROW_TILES][16][4], const float* outer, const Epilogue& e) {
+__device__ __forceinline__ void finish_block(float (&acc)[ROW_TILES][16][4], const float* outer,
+                                             const Epilogue& e) {
   const int row0 = blockIdx.x * BLOCK_ROWS + threadIdx.x / 32 * WARP_ROWS, col0 = blockIdx.y * BLOCK_COLUMNS;
   if (outer != nullptr) {
 #pragma unroll
@@ -49,7 +50,7 @@ __device__ __forceinline__ void finish_block(float (&acc)[ROW_TILES][16][4], con
     }
   }
 #pragma unroll 1
-  for (int t = 0; t < ROW_TILES; ++t) {  // not unrolled: the ends are long, so the second tile moves to the first's place
+  for (int t = 0; t < ROW_TILES; ++t) {  // not unrolled, the ends are long: the second tile takes the first's place
     finish_rows(acc[0], row0 + 16 * t, col0, e);
 #pragma unroll
     for (int j = 0; j < 16; ++j)

@@ -1,13 +1,13 @@
 // The main loop of the w4a16 operations: 4-bit weights become h in registers, on their way into a 16-bit mma.
 //
 //   act      (M, K) h, row-major
-//   weights  (N/128) x records of 1 << RECORD_SHIFT steps of k32 (engine/kernels/_arrange.py), N filled up with zeros:
-//              codes   2048 bytes a step: (4, 32, 4) words, tiles 4 i .. 4 i + 3 of a lane. Nibble 2 s + r of a word's
-//                      lower half is channel 16 s + 8 r + 2 q of the tile's column g, the upper half the one behind it:
-//                      shifted and masked, a word is a register of a B fragment
-//              scales  WEIGHTS_INT4: (2, 8, 8) h, eight tiles of column g: codes are c + 8, and h(c * scale) is multiplied
-//                      WEIGHTS_NVFP4: a step (2, 8, 8, 2) bytes, eight tiles, k16: 5 bits of exponent, 3 of mantissa
-//                      WEIGHTS_ZEROS: as INT4, then zeros alike: codes are 0..15, and h(c * scale + zero) is multiplied
+//   weights  (N/128) x records of RECORD_STEPS steps of k32 (engine/kernels/_arrange.py), N filled up with zeros:
+//              codes   2048 bytes a step: (4, 32, 4) words, tiles 4 i .. 4 i + 3 of a lane. Code 2 s + r of a
+//                      word's lower half is channel 16 s + 8 r + 2 q of the tile's column g, the upper half has the
+//                      channels behind them: shifted and masked, a word is a register of a B fragment
+//              scales  WEIGHTS_INT4   (2, 8, 8) h: eight tiles of column g; codes are c + 8, B is h(c * scale)
+//                      WEIGHTS_NVFP4  a step (2, 8, 8, 2) bytes: eight tiles, k16; 5 bits exponent, 3 mantissa
+//                      WEIGHTS_ZEROS  as INT4, then zeros alike; codes are 0..15, B is h(c * scale + zero)
 // Work: 128 x 128 a block, 4 warps of 32 x 128; each B register serves two row tiles.
 #pragma once
 
@@ -30,24 +30,33 @@ __device__ __forceinline__ u32 as_bits(h2_t pair) { return *reinterpret_cast<con
 constexpr int STEP_CODES = 2048, STEP_ACT = BLOCK_ROWS * 64;
 constexpr int STEP_SCALES = WEIGHTS == WEIGHTS_ZEROS ? 512 : 256;
 
+// (word & mask) | bits in one operation; left to itself the compiler takes two.
+__device__ __forceinline__ u32 masked_or(u32 word, u32 mask, u32 bits) {
+  u32 result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
+  return result;
+}
+
 // Register i = 2 s + r of a B fragment as integers or e2m1 numbers, still without their scale.
 __device__ __forceinline__ h2_t unscaled(u32 word, int i) {
 #if WEIGHTS == WEIGHTS_NVFP4
-  // The three low bits are exponent and mantissa as they stand in h, at its low end: value * 2^-126 (bf16), 2^-14 (fp16).
-  constexpr int PLACE = H_BF16 ? 6 : 9;
-  constexpr u32 MAGNITUDE = 0x00070007u << PLACE;
-  const int left = PLACE - 4 * i;
-  const u32 magnitude = (left >= 0 ? word << (left >= 0 ? left : 0) : word >> (left < 0 ? -left : 0)) & MAGNITUDE;
-  return as_h2((word << (12 - 4 * i) & 0x80008000u) | magnitude);
+  // Sign to the top, exponent and mantissa to the low end of h's exponent: value * 2^-126 (bf16), 2^-14 (fp16).
+  // Where the four codes of a half lie is NVFP4_PLACES in engine/kernels/_arrange.py.
+  constexpr u32 SIGN = 0x80008000u, MAGNITUDE = H_BF16 ? 0x01c001c0u : 0x0e000e00u;
+  if (i == 0) return as_h2(word & (SIGN | MAGNITUDE));
+  if (i == 1) return as_h2(word << (H_BF16 ? 3 : 8) & (SIGN | MAGNITUDE));
+  if (i == 2) return as_h2(masked_or(word << (H_BF16 ? 1 : 7), SIGN, word >> 3 & MAGNITUDE));
+  return as_h2(masked_or(word << (H_BF16 ? 2 : 15), SIGN, word << (H_BF16 ? 6 : 5) & MAGNITUDE));
 #else
   constexpr float ZERO = WEIGHTS == WEIGHTS_INT4 ? 8.0f : 0.0f;
 #if H_BF16
-  const u32 bits = (word >> (4 * i) & 0x000f000fu) | 0x43004300u;  // 128 + code
+  const u32 bits = masked_or(word >> (4 * i), 0x000f000fu, 0x43004300u);  // 128 + code
   return __hfma2(as_h2(bits), both(1.0f), both(-128.0f - ZERO));
 #else
   const u32 shifted = i < 2 ? word : word >> 8;
-  if (i % 2 == 0) return __hsub2(as_h2((shifted & 0x000f000fu) | 0x64006400u), both(1024.0f + ZERO));  // 1024 + code
-  const u32 bits = (shifted & 0x00f000f0u) | 0x64006400u;  // 1024 + 16 code
+  if (i % 2 == 0)  // 1024 + code
+    return __hsub2(as_h2(masked_or(shifted, 0x000f000fu, 0x64006400u)), both(1024.0f + ZERO));
+  const u32 bits = masked_or(shifted, 0x00f000f0u, 0x64006400u);  // 1024 + 16 code
   return __hfma2(as_h2(bits), both(1.0f / 16.0f), both(-64.0f - ZERO));
 #endif
 #endif
@@ -144,7 +153,7 @@ struct HalfTile {
   }
 
 #if WEIGHTS == WEIGHTS_NVFP4
-  // Byte `which` of the word, exponent e + 10 and mantissa, as h: the scale * 2^118 (bf16) or 2^7 (fp16), in both halves.
+  // Byte `which` of the word, exponent + 10 and mantissa, twice as h: the scale * 2^118 (bf16) or 2^7 (fp16).
   static __device__ __forceinline__ h2_t wide_scale(u32 word, int which) {
     const u32 code = __byte_perm(word, 0, 0x4040 | which << 8 | which);
     return as_h2(H_BF16 ? (code << 4) + (235u << 7) * 0x00010001u : (code << 7) + (12u << 10) * 0x00010001u);
