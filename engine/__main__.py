@@ -1,4 +1,4 @@
-"""The command line: generate, inspect, quantize, verify, doctor. The same engine as the window's, without a window.
+"""The command line: generate, inspect, quantize, verify, bench, doctor. The window's engine, without a window.
 
     tonfa generate --prompt "a red fox" --out fox.png
 
@@ -49,6 +49,7 @@ from engine.folders import (
 from engine.problems import EXIT_CODE, Problem, ProblemError, bad_file, bad_request, internal_error
 from engine.requests import (
     BUILT_IN_MODEL,
+    BenchRequest,
     DoctorRequest,
     ImageRequest,
     InspectRequest,
@@ -159,6 +160,11 @@ def _parser() -> _Parser:
     verify.add_argument("file", metavar="FILE.png")
     verify.add_argument("--model", metavar="NAME|PATH", help="where the model is, if not in a models folder")
 
+    bench = command("bench", "Measure the graphics card's kernels beside torch's.")
+    bench.add_argument("--shapes", default="flux", metavar="flux|mini", help="sizes of which network")
+    bench.add_argument("--step", action="store_true", help="a whole denoising step, too")
+    bench.add_argument("--device", default="auto", metavar="D")
+
     command("doctor", "Say what this computer is, what it can run and what is missing.")
     return parser
 
@@ -260,6 +266,8 @@ def requests_of(options: argparse.Namespace) -> list[Request]:
             return [VerifyRequest(options.file, options.model or "")]
         case "doctor":
             return [DoctorRequest()]
+        case "bench":
+            return [BenchRequest(options.shapes, options.step, options.device)]
         case _:
             return [
                 QuantizeRequest(
@@ -364,6 +372,8 @@ def _human(command: str, result: Mapping[str, Any]) -> Iterator[str]:
             yield from _human_inspect(result)
         case "doctor":
             yield from _human_doctor(result)
+        case "bench":
+            yield from _human_bench(result)
         case _:
             yield str(result.get("out", ""))
 
@@ -378,6 +388,9 @@ def _human_inspect(result: Mapping[str, Any]) -> Iterator[str]:
         ranks = ", ".join(f"rank {rank} in {count}" for rank, count in result["ranks"].items())
         yield f"Layers       {result['layers']}{f'; {ranks}' if ranks else ''}"
     yield f"Usable       {'yes' if result['usable'] else 'no'}{': ' if result['reason'] else ''}{result['reason']}"
+    if result["plans"]:
+        runs = ", ".join(f"{count} by {plan}" for plan, count in result["plans"].items())
+        yield f"Runs here    {runs}"
     if result["keys_used"]:
         yield f"Tensors used {result['keys_used']}"
     reasons: dict[str, list[str]] = {}
@@ -400,6 +413,9 @@ def _human_doctor(result: Mapping[str, Any]) -> Iterator[str]:
         yield "Card         none"
     for card in list_models():
         yield f"Model        {card.name} {card.version}: {'cannot be used' if card.problem else card.folder}"
+    for model in result["models"]:
+        runs = ", ".join(f"{count} by {plan}" for plan, count in model["plans"].items())
+        yield f"Layers       {model['name']}: {runs}"
     yield f"Pictures     {pictures()}"
     yield f"Your models  {user_models()}"
     yield f"Caches       {cache()}"
@@ -407,6 +423,28 @@ def _human_doctor(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"- {one['what']} {one['todo']}"
     if not result["problems"]:
         yield "Nothing is missing."
+
+
+def _human_bench(result: Mapping[str, Any]) -> Iterator[str]:
+    """A Markdown table, as docs/measured has them."""
+    copy, matrix = result["ceilings"]["copy_bytes_per_second"], result["ceilings"]["matrix_flops"]
+    yield (
+        f"{result['card']} ({result['arch']}), torch {result['torch']}; copies {copy / 1e12:.2f} TB/s, multiplies "
+        f"{matrix / 1e12:.0f} TFLOP/s in 16 bit; plan {result['plan']}; medians in microseconds"
+    )
+    yield ""
+    yield "| operation | shape | ours | torch 16-bit | torch FP8 | of the ceiling |"
+    yield "|---|---|---|---|---|---|"
+    for one in result["kernels"]:
+        beside = ("" if us is None else f"{us:.1f}" for us in (one["torch_us"], one["fp8_us"]))
+        cells = [one["operation"], one["shape"], f"{one['us']:.1f}", *beside]
+        yield f"| {' | '.join(cells)} | {one['ceiling']:.0%} of {one['bound']} |"
+    if result["steps"]:
+        yield ""
+        yield "| one denoising step | ms | weights GiB |"
+        yield "|---|---|---|"
+    for one in result["steps"]:
+        yield f"| {one['what']} | {one['ms']:.2f} | {one['weights_bytes'] / 2**30:.2f} |"
 
 
 # ------------------------------------------------------------------------------------------------- what is done

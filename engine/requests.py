@@ -16,6 +16,7 @@ Plan = Literal["auto", "w4a4", "w4a8", "w4a16", "bf16"]
 Precision = Literal["int4", "nvfp4"]
 Rounding = Literal["nearest", "gptq"]
 NoiseKind = Literal["philox", "torch"]
+Shapes = Literal["flux", "mini"]
 
 BUILT_IN_MODEL = "tonfa-mini"
 MAX_SEED = 2**53 - 1  # exact in JSON and in every spreadsheet
@@ -184,6 +185,21 @@ class DoctorRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class BenchRequest:
+    """How fast the graphics card runs kernels at FLUX.1's or Tonfa Mini's sizes, and with `step` a whole step."""
+
+    shapes: Shapes = "flux"
+    step: bool = False
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_choice("shapes", self.shapes, get_args(Shapes))
+        _check_device(self.device)
+        if not isinstance(self.step, bool):
+            raise bad_request(f"step must be yes or no, not {self.step!r}.", "Choose one of the two.")
+
+
+@dataclass(frozen=True, slots=True)
 class QuantizeRequest:
     """A 16-bit checkpoint in, a 4-bit SVDQuant checkpoint out.
 
@@ -219,4 +235,6 @@ class QuantizeRequest:
                 raise bad_request(f"Cannot keep {pattern!r} as {kind!r}.", "Write PATTERN=bf16 or PATTERN=int8.")
 
 
-Request = ImageRequest | PrepareRequest | InspectRequest | VerifyRequest | DoctorRequest | QuantizeRequest
+Request = (
+    ImageRequest | PrepareRequest | InspectRequest | VerifyRequest | DoctorRequest | BenchRequest | QuantizeRequest
+)

@@ -45,9 +45,17 @@ from engine.pipelines.settle import Settled, picture_path, settle
 from engine.pipelines.text_to_image import Drawn, Picture, text_to_image
 from engine.pipelines.verify_picture import Verification, recipe_differences, request_of, verify_pixels
 from engine.pipelines.wishes import check_out
-from engine.problems import Problem, ProblemError, ProblemKind, internal_error, not_enough_memory
+from engine.problems import (
+    Problem,
+    ProblemError,
+    ProblemKind,
+    internal_error,
+    machine_cannot,
+    not_enough_memory,
+)
 from engine.recipe import Machine, Recipe, UsedFile, UsedLora
 from engine.requests import (
+    BenchRequest,
     DoctorRequest,
     ImageRequest,
     InspectRequest,
@@ -168,6 +176,8 @@ class Engine:
                 return (yield from self._verify(request, check))
             case DoctorRequest():
                 return look_at_machine()
+            case BenchRequest():
+                return (yield from self._bench(request, check))
             case QuantizeRequest():
                 return (yield from self._quantize(job, request))
 
@@ -281,6 +291,20 @@ class Engine:
                 return result.to_json()
             yield StepDone(1, 1, event.step, picture.steps, perf_counter() - started, event.preview)
         raise AssertionError("text_to_image ends with Drawn")
+
+    def _bench(self, request: BenchRequest, check: Callable[[], None]) -> Work[dict[str, Any]]:
+        device = choose_device(request.device)
+        if not device.is_cuda:
+            raise machine_cannot(
+                "bench measures graphics cards, and none can be used here.", "See doctor for what is missing."
+            )
+        from engine.pipelines.bench import bench
+
+        self.unload()
+        torch.cuda.set_device(device.torch_name)
+        return (
+            yield from _watched(lambda report: bench(device, request.shapes, request.step, _checked(report, check)))
+        )
 
     def _quantize(self, job: int, request: QuantizeRequest) -> Work[dict[str, Any]]:
         from engine.quantizer.quantize_model import quantize_model

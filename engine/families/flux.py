@@ -6,7 +6,7 @@ and types are compared with what the network needs before any tensor is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -365,14 +365,19 @@ def lora_targets(network: Flux) -> dict[str, list[LoraTarget]]:
     return targets
 
 
-def stored_plans(file: SafetensorsFile, config: FluxConfig, plan: LayerPlan) -> dict[str, int]:
-    """How many linears of a file would run by which plan, by its header alone; as `plan_counts` of the network."""
+def stored_plans(
+    file: SafetensorsFile, config: FluxConfig, plan: LayerPlan, weight_only: Collection[str] = ()
+) -> dict[str, int]:
+    """How many linears of a file would run by which plan, as `plan_counts` of the network; by its header alone.
+
+    weight_only: prefixes of layers that run w4a16 whatever the plan.
+    """
     counts: dict[str, int] = {}
     for names in linears_of(config):
-        quantized = any(
-            prefix and f"{prefix}.qweight" in file.tensors for prefix in (names.public, names.public_v2)
-        )
-        runs = "bf16" if not quantized else "w4a16" if names.kind == "modulation" else plan
+        prefixes = [one for one in (names.public, names.public_v2) if f"{one}.qweight" in file.tensors]
+        runs: str = "bf16"
+        if prefixes:
+            runs = "w4a16" if names.kind == "modulation" or prefixes[0] in weight_only else plan
         counts[runs] = counts.get(runs, 0) + 1
     return counts
 

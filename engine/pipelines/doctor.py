@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from engine.checkpoints.bundle import read_bundle
 from engine.device import OLDEST_ARCH, best_plan, cuda_problem
-from engine.folders import list_models
+from engine.folders import ModelCard, list_models
 from engine.monitor import Monitor, cpu_name, cpu_threads
+from engine.pipelines.foresight import read_transformer
+from engine.pipelines.inspect_file import plans_here
+from engine.problems import ProblemError
 
 
 def look_at_machine() -> dict[str, Any]:
@@ -38,7 +43,11 @@ def look_at_machine() -> dict[str, Any]:
         )
     elif wrong := cuda_problem(sample.gpus):
         problems.append(_problem(f"{wrong} Pictures are made on the processor.", _mend(wrong)))
+    models = []
     for model in list_models():
+        told = None if model.problem else _layers_of(model)
+        if told is not None:
+            models.append(told)
         if model.problem:
             problems.append(_problem(f"The model {model.name} cannot be used.", model.problem))
     if not any(not model.problem for model in list_models()):
@@ -48,8 +57,19 @@ def look_at_machine() -> dict[str, Any]:
     return {
         "gpus": gpus,
         "cpu": {"name": cpu_name(), "threads": cpu_threads(), "memory_bytes": sample.total_bytes},
+        "models": models,
         "problems": problems,
     }
+
+
+def _layers_of(model: ModelCard) -> dict[str, Any] | None:
+    """How many layers of a model run by which plan here, from its header; None where that cannot be read."""
+    try:
+        transformer = read_transformer(read_bundle(Path(model.folder)))
+    except ProblemError:
+        return None  # generate and inspect say why
+    plans = plans_here(transformer.file, transformer.config)
+    return {"name": model.name, "precision": transformer.precision or "16-bit", "plans": plans}
 
 
 def _mend(wrong: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +17,12 @@ from engine.checkpoints.checkpoint import open_checkpoint
 from engine.checkpoints.foreign import START_BYTES, foreign_kind
 from engine.checkpoints.safetensors_file import PICKLE_SUFFIXES, SafetensorsFile
 from engine.checkpoints.svdquant_file import SUFFIXES, check_svdquant_linear, quantized_layers
-from engine.families.flux import check_flux, linears_of, norms_of, read_config, recognise
+from engine.device import choose_device, choose_plan
+from engine.families.flux import check_flux, linears_of, norms_of, read_config, recognise, stored_plans
 from engine.folders import BUNDLE_FILE, list_models
 from engine.lora import LoraReport, LoraStack, is_lora
 from engine.models.flux import Flux, FluxConfig
+from engine.pipelines.foresight import precision_of
 from engine.problems import ProblemError, bad_file
 
 Kind = Literal["svdquant", "transformer", "lora", "text_encoder", "vae", "bundle", "unknown"]
@@ -35,6 +37,7 @@ class _Report:
     precision: str | None = None
     ranks: dict[str, int] = field(default_factory=dict)
     layers: int = 0
+    plans: dict[str, int] = field(default_factory=dict)  # on this machine
     usable: bool = False
     reason: str = ""
     keys_used: int = 0
@@ -123,23 +126,34 @@ def _transformer(file: SafetensorsFile, check: Callable[[], None]) -> _Report:
         elif key not in used:
             report.keys_unused.append({"key": key, "why": "FLUX's network has no such tensor"})
     report.keys_used = len(file.tensors) - len(report.keys_unused)
-    if layers and _has_minus_eight(file, list(layers), check):
-        report.reason = "some layers hold a code of -8 and run w4a16 where the others run w4a8"
+    odd = _with_minus_eight(file, list(layers), check)
+    if odd:
+        others = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        report.reason = f"{odd[0]}{others} with a code of -8 run w4a16 where the others run w4a8"
+    report.plans = plans_here(file, config, odd)
     return report
 
 
-def _has_minus_eight(file: SafetensorsFile, prefixes: list[str], check: Callable[[], None]) -> bool:
-    """Whether an int4 layer holds the code -8, which w4a8 has no place for (two's complement nibble 8)."""
+def plans_here(file: SafetensorsFile, config: FluxConfig, odd: Collection[str] = ()) -> dict[str, int]:
+    """How many linears run by which plan on the device that "auto" is. odd: layers with a code of -8."""
+    precision = precision_of(file)
+    plan = choose_plan(choose_device(), precision, "auto").plan
+    return stored_plans(file, config, plan, odd if plan == "w4a8" else ())
+
+
+def _with_minus_eight(file: SafetensorsFile, prefixes: list[str], check: Callable[[], None]) -> list[str]:
+    """int4 layers that hold the code -8, which w4a8 has no place for (two's complement nibble 8)."""
+    found = []
     for prefix in prefixes:
         check()
         if f"{prefix}.wscales" not in file.tensors or file.tensors[f"{prefix}.qweight"].dtype != torch.int8:
             continue
         if file.tensors[f"{prefix}.wscales"].dtype == torch.float8_e4m3fn:
-            return False
+            continue
         codes = file.read(f"{prefix}.qweight").view(torch.uint8)
         if bool(((codes & 15) == 8).any()) or bool(((codes >> 4) == 8).any()):
-            return True
-    return False
+            found.append(prefix)
+    return found
 
 
 def _lora(file: SafetensorsFile, check: Callable[[], None]) -> _Report:

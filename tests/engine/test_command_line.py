@@ -530,9 +530,71 @@ def test_doctor_tells_the_plans_of_a_card(tonfa, monkeypatch):
     result = tonfa("doctor")[1]
     (gpu,) = result["gpus"]
     assert (gpu["arch"], gpu["plan_int4"], gpu["plan_nvfp4"]) == ("sm_90", "w4a8", "w4a16")
-    told = [one for one in result["problems"] if "on the processor, not by A card" in one["what"]]
-    assert len(told) == 1
-    assert "cuda:0" in told[0]["todo"]
+    told = [one for one in result["problems"] if "Pictures are made on the processor" in one["what"]]
+    assert [one["todo"] for one in told] == ["Run the installer again."]  # this torch is for the CPU
+
+
+def test_doctor_counts_the_layers_of_each_model_by_plan(tonfa, monkeypatch):
+    from engine.device import Device
+    from engine.pipelines import inspect_file
+
+    models = {one["name"]: one for one in tonfa("doctor")[1]["models"]}
+    assert models["Tiny"]["precision"] == "16-bit"
+    assert models["Tiny"]["plans"].keys() == {"bf16"}
+    assert models["Tiny int4"]["precision"] == "int4"
+    card = Device("cuda:0", "A card", 90, "580", "bfloat16")
+    monkeypatch.setattr(inspect_file, "choose_device", lambda: card)
+    models = {one["name"]: one for one in tonfa("doctor")[1]["models"]}
+    assert models["Tiny int4"]["plans"] == {"bf16": 10, "w4a16": 4, "w4a8": 16}
+
+
+def test_inspect_names_a_layer_with_a_code_of_minus_eight(tonfa, models, tmp_path, monkeypatch):
+    from engine.device import Device
+    from engine.pipelines import inspect_file
+
+    monkeypatch.setattr(inspect_file, "choose_device", lambda: Device("cuda:0", "A card", 90, "580", "bfloat16"))
+    source = models / "tiny-int4" / "transformer.safetensors"
+    file = open_safetensors(source)
+    tensors = {key: file.read(key).clone() for key in file.tensors}
+    prefix = "single_transformer_blocks.0.qkv_proj"
+    tensors[f"{prefix}.qweight"][0, 0] = 8  # two codes: -8 and 0
+    write_safetensors(tmp_path / "odd.safetensors", tensors, dict(file.metadata))
+    result = tonfa("inspect", "odd.safetensors")[1]
+    assert result["plans"] == {"bf16": 10, "w4a16": 5, "w4a8": 15}
+    assert result["reason"].startswith(prefix)
+    assert "w4a16" in result["reason"]
+    assert tonfa("inspect", source)[1]["plans"] == {"bf16": 10, "w4a16": 4, "w4a8": 16}
+
+
+def test_bench_without_a_card_says_so(tonfa):
+    assert "graphics card" in error(tonfa("bench", "--step", "--shapes", "mini", "--device", "cpu"), code=3)
+    assert "shapes" in error(tonfa("bench", "--shapes", "huge"))
+
+
+def test_bench_is_a_table_for_people(capsys, models, monkeypatch):
+    from engine import session
+
+    linear = {
+        "operation": "svdq_linear, plain", "shape": "qkv, 288 x 512 -> 1536, rank 32", "plan": "w4a8", "us": 8.5,
+        "torch_us": 4.4, "fp8_us": None, "bound": "matrix", "ceiling": 0.07,
+    }  # fmt: skip
+    result = {
+        "card": "A card", "arch": "sm_90", "torch": "2.11", "plan": "w4a8", "shapes": "mini",
+        "ceilings": {"copy_bytes_per_second": 3e12, "matrix_flops": 7e14}, "kernels": [linear],
+        "steps": [{"what": "w4a8, as a graph", "ms": 1.5, "weights_bytes": 2**30}],
+    }  # fmt: skip
+
+    def measured(self, request, check):
+        yield from ()
+        return result
+
+    monkeypatch.setattr(session.Engine, "_bench", measured)
+    assert main(["bench", "--shapes", "mini"]) == 0
+    told = capsys.readouterr().out
+    assert "| svdq_linear, plain | qkv, 288 x 512 -> 1536, rank 32 | 8.5 | 4.4 |  | 7% of matrix |" in told
+    assert "| w4a8, as a graph | 1.50 | 1.00 |" in told
+    assert main(["bench", "--json"]) == 0
+    jsonschema.validate(json.loads(capsys.readouterr().out.splitlines()[-1]), SCHEMA)
 
 
 # ------------------------------------------------------------------------------------------------------ processes

@@ -38,6 +38,7 @@ REQUESTS = [
     requests.InspectRequest("model.safetensors"),
     requests.VerifyRequest("picture.png"),
     requests.DoctorRequest(),
+    requests.BenchRequest("mini", step=True),
     QuantizeRequest("in.safetensors", "out.safetensors", keep=(("single.*", "bf16"),)),
 ]
 
