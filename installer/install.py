@@ -9,6 +9,7 @@ This file alone must be readable by any Python 3, so that an old one can say wha
 
 import os
 import shutil
+import subprocess
 import sys
 
 OLDEST = (3, 11)
@@ -16,12 +17,19 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def newer_python() -> "str | None":
-    """The path of a Python on this computer that is new enough, or None."""
+    """The path of a Python on this computer that is new enough and starts, or None."""
     for minor in (14, 13, 12, 11):
         found = shutil.which("python3.%d" % minor)
-        if found:
+        if found and starts(found):  # a version manager's name for one that is not chosen does not
             return found
     return None
+
+
+def starts(python: str) -> bool:
+    try:
+        return subprocess.call([python, "-c", ""], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == 0
+    except OSError:
+        return False
 
 
 def main() -> int:

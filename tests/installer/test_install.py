@@ -59,6 +59,17 @@ def test_an_old_python_hands_over_to_a_newer_one(tmp_path):
     assert "newer got --run" in done.stdout
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="makes a shell script")
+def test_a_newer_python_that_does_not_start_is_passed_over(tmp_path):
+    for name in ("python3.14", "python3.13"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 127\n")
+        (tmp_path / name).chmod(0o755)
+    assert pretend_python("(3, 8, 10)", path=str(tmp_path)).returncode == 3
+    (tmp_path / "python3.11").write_text('#!/bin/sh\n[ "$1" = -c ] || echo "3.11 got $2"\n')
+    (tmp_path / "python3.11").chmod(0o755)
+    assert "3.11 got --run" in pretend_python("(3, 8, 10)", path=str(tmp_path)).stdout
+
+
 def test_wrong_words_are_answered_with_the_right_ones():
     done = run(str(INSTALL))
     assert done.returncode == 2
