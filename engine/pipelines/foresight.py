@@ -17,6 +17,11 @@ from engine.problems import bad_file
 from engine.requests import Precision
 from engine.text.files import config_of
 
+# Of a 4-bit layer's tensors: factors that take a second place in a kernel's order, 16-bit vectors that become fp32.
+TIMES_ON_CARD = {
+    "lora_down": 2, "proj_down": 2, "smooth": 4, "smooth_factor": 4, "smooth_orig": 0, "smooth_factor_orig": 0,
+    "bias": 2,
+}  # fmt: skip
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -53,13 +58,19 @@ def precision_of(file: SafetensorsFile) -> Precision | None:
     return None
 
 
-def loaded_bytes(file: SafetensorsFile, item_bytes: int, plan: PlanChoice) -> int:
-    """Bytes of a file's tensors once loaded: codes expanded under w4a16, one byte each under w4a4 and w4a8."""
+def loaded_bytes(file: SafetensorsFile, item_bytes: int, plan: PlanChoice, on_card: bool = False) -> int:
+    """Bytes of a file's tensors once loaded.
+
+    On the processor codes are expanded under w4a16 and take one byte each under w4a4 and w4a8; on a card they stay
+    4-bit, and vectors and factors lie there as kernels want them.
+    """
     layers = quantized_layers(file)
     total = 0
     for name, info in file.tensors.items():
         prefix, _, suffix = name.rpartition(".")
-        if suffix == "qweight":
+        if on_card and prefix in layers:
+            total += info.num_bytes * TIMES_ON_CARD.get(suffix, 1)
+        elif suffix == "qweight":
             expanded = layers[prefix] == "w4a16" or plan.plan == "w4a16"
             total += 2 * info.num_bytes * (item_bytes if expanded else 1)
         elif info.dtype.is_floating_point or f"{name}_scale" in file.tensors:
@@ -81,13 +92,13 @@ def model_sizes(
     sound = isinstance(blocks, list) and blocks and all(type(one) is int for one in blocks)
     lora_bytes = 0
     for lora in settled.loras if settled else ():
-        lora_bytes += loaded_bytes(open_safetensors(lora.path), item_bytes, plan)
+        lora_bytes += loaded_bytes(open_safetensors(lora.path), item_bytes, plan, device.is_cuda)
     return ModelSizes(
         encoders=sum(
-            loaded_bytes(open_safetensors(bundle.weights[role].path), encoder_bytes, plan)
+            loaded_bytes(open_safetensors(bundle.weights[role].path), encoder_bytes, plan, device.is_cuda)
             for role in ("t5", "clip")
         ),
-        network=loaded_bytes(transformer.file, item_bytes, plan),
+        network=loaded_bytes(transformer.file, item_bytes, plan, device.is_cuda),
         decoder=sum(info.num_bytes // info.dtype.itemsize * encoder_bytes for info in decoder.values()),
         loras=lora_bytes,
         hidden_size=transformer.config.hidden_size,

@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 
 from engine.checkpoints.safetensors_file import open_safetensors, write_safetensors
-from engine.families.flux import load_flux, plan_counts
+from engine.checkpoints.svdquant_file import read_svdquant_linear, read_w4a16
+from engine.device import PlanChoice
+from engine.families.flux import linears_of, load_flux, plan_counts
 from engine.layers import modulation
 from engine.layers.fused_linear import FusedLinear, share_input
-from engine.layers.svdquant_linear import SVDQuantLinear
+from engine.layers.held_bytes import held_bytes
+from engine.layers.svdquant_linear import PackedLinear, SVDQuantLinear
 from engine.lora import LoraStack
 from engine.models.flux import Flux
+from engine.pipelines.foresight import loaded_bytes
 from engine.problems import ProblemError
 from tests.engine.families.small_flux import SMALL, random_svdquant, small_flux, write_svdquant
 from tests.tolerances import relative_error
@@ -209,6 +213,23 @@ def test_what_the_card_has_no_kernel_for_runs_weight_only(files):
     weights = random_svdquant(256, 128, "nvfp4", 16, 0.0, torch.Generator().manual_seed(1), has_bias=True)
     assert FusedLinear(weights, "w4a4", torch.bfloat16, "120a").plan == "w4a4"
     assert FusedLinear(weights, "w4a4", torch.bfloat16, "90a").plan == "w4a16"
+
+
+@pytest.mark.parametrize("precision", ["int4", "nvfp4"])
+def test_a_files_header_tells_what_its_layers_take_on_a_card(files, precision):
+    file = open_safetensors(files[precision])
+    told = loaded_bytes(file, 2, PlanChoice("w4a16", ""), on_card=True)
+    made = network(files, precision, "w4a16", fused=False)
+    held = 0
+    for names in linears_of(SMALL):
+        if names.kind == "quantized":
+            weights = read_svdquant_linear(file, names.public)
+            held += held_bytes(FusedLinear(weights, "w4a16", torch.bfloat16, "90a"))
+        elif names.kind == "modulation":
+            held += held_bytes(PackedLinear(read_w4a16(file, names.public, splits=names.splits), torch.bfloat16))
+        else:
+            held += held_bytes(made.get_submodule(names.name)) // 2  # fp32 here
+    assert told == pytest.approx(held, rel=0.05)  # files pad the scales of modulations as narrow as these
 
 
 def test_a_layer_of_odd_sizes_is_expanded_instead(tmp_path):
