@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from cuda.bindings import driver
 
 from engine.jit import kernels_version
 from engine.layers.attention_backend import BACKENDS, Backend, SizeClass, choices, fastest, size_class
@@ -46,7 +47,7 @@ def _machine(index: int) -> str:
     return " | ".join(
         [
             torch.cuda.get_device_name(index),
-            f"driver {torch._C._cuda_getDriverVersion()}",  # type: ignore[attr-defined]
+            f"driver for CUDA {driver.cuDriverGetVersion()[1]}",
             f"torch {torch.__version__}",
             f"kernels {kernels_version()}",
         ]
