@@ -21,7 +21,7 @@ from tests.tolerances import relative_error
 
 pytestmark = pytest.mark.gpu
 # What bf16's roundings, and the codes that flip with them, come to behind three blocks of random weights.
-NEAR = {"w4a4": 0.05, "w4a8": 0.03, "w4a16": 0.02}
+NEAR = {"w4a4": 0.1, "w4a8": 0.03, "w4a16": 0.02}
 
 
 @pytest.fixture(scope="module")
