@@ -2,7 +2,7 @@
 //
 //   C (16, 8)   c0 c1: row g, columns 2q, 2q + 1; c2 c3: row g + 8
 //   h, k16      A: a0 row g, k 2q, 2q + 1; a1 row g + 8; a2, a3 at k + 8.   B: b0 column g, k 2q, 2q + 1; b1 at + 8
-//   4 bit, k64  A: a0 row g, k 8q..8q + 7; a1 row g + 8; a2, a3 at k + 32.  B: b0 column g, k 8q..8q + 7; b1 at + 32
+//   4 bit, k64  A: a0 row g, k 8q..8q + 7; a1 row g + 8; a2, a3 at k + 32.  B: b0 column g, k 8q..; b1 at + 32
 // sm_75 has halves of these instructions; the fragments stay the same.
 #pragma once
 

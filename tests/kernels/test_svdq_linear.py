@@ -584,7 +584,9 @@ def test_on_a_card_gelu_and_quantize_is_bit_for_bit_what_comes_apart(case: str, 
             assert largest_error(low[:, ranks], exact[:, ranks]) < 1e-5
         reference = svdq_linear_quantized(act, weights, plan, GeluQuantize(target, 0.25, 0.01), dtype=H[h])
         assert isinstance(reference, QuantizedAct)
-        assert difference(made, reference).fraction < 0.02
+        assert (
+            difference(made, reference).fraction < REROUNDED[torch.float16]
+        )  # h of an fp32 GELU that is off by 1e-7
 
 
 @pytest.mark.gpu
