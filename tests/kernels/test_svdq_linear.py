@@ -584,9 +584,10 @@ def test_on_a_card_gelu_and_quantize_is_bit_for_bit_what_comes_apart(case: str, 
             assert largest_error(low[:, ranks], exact[:, ranks]) < 1e-5
         reference = svdq_linear_quantized(act, weights, plan, GeluQuantize(target, 0.25, 0.01), dtype=H[h])
         assert isinstance(reference, QuantizedAct)
-        assert (
-            difference(made, reference).fraction < REROUNDED[torch.float16]
-        )  # h of an fp32 GELU that is off by 1e-7
+        if format == "half":  # GELU and quotient are rounded one after the other; far out GELU is off by 1e-7
+            assert excess(made.codes, reference.codes) <= 2
+        else:
+            assert difference(made, reference).fraction < 0.02
 
 
 @pytest.mark.gpu
