@@ -19,11 +19,7 @@ constexpr int NUM_WARPS = 4, WARP_ROWS = 32, BLOCK_ROWS = NUM_WARPS * WARP_ROWS,
 constexpr int THREADS = 32 * NUM_WARPS;
 constexpr int ROWS_A_PASS = THREADS / CHUNKS;           // rows that all threads copy at once, 16 bytes each
 constexpr int KEY_PASSES = BLOCK_KEYS / ROWS_A_PASS;
-#if __CUDA_ARCH__ >= 800
-constexpr int STEPS_AT_ONCE = 4;                        // of the scores' loop; more has registers spilled
-#else
-constexpr int STEPS_AT_ONCE = 2;
-#endif
+constexpr int STEPS_AT_ONCE = 2;                        // of the scores' loop; from 4 on some architectures spill
 constexpr float Q_SCALE = 1.0f / 16;                    // a power of two: exact
 constexpr float TO_LOG2 = 2.0402789f;                   // 16 / sqrt(128) * log2(e)
 constexpr float P_SHIFT = 4.0f;                         // p is at most 2^-4, so that sums of p v stay in range

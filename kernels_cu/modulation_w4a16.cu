@@ -1,24 +1,27 @@
-// modulation_w4a16: x W^T + bias for one to eight rows of x and 4-bit weights, read once.
+// modulation_w4a16: x W^T + bias for up to eight rows of x, with 4-bit weights that are read once.
 //
-//   x       (B, K)           h      row-major
-//   codes   (T, K/64, 32, 4) u32    T tiles of 16 outputs. A lane (4 g + q) has 16 bytes of each tile and group: outputs g
-//                                   and g + 8, channels 16 q .. 16 q + 15. Word i, nibble 4 e + 2 s + r: output g + 8 r,
-//                                   channel 16 q + 4 i + 2 s + e
-//   scales  (T, K/64, 8, 4)  16 bit of g: scale and zero of output g, scale and zero of output g + 8; zero = -scale * point
-//   bias    (O)              fp32   or null
-//   out     (B, O)           h
-// Work:   a block makes 16 outputs for eight rows of x, its warps share the groups of K and add up in fixed order. Codes are
-//         operand A of an mma, x is B; A of ones makes the sum of x, for the zeros. Everything is fp32 from the products on:
-//         sum over groups of scale * (codes x) + zero * (sum of x).
-//         A code becomes h by one AND (OR). fp16: as it is, a subnormal, code * 2^-24. bf16: 128 + code; the zero takes
-//         128 scale off again, which costs 2^-23 * 136 / 15 of the largest product, far below the rounding to bf16.
+//   x       (B, K)               h       row-major, 16-byte aligned
+//   codes   (T, K/64, 2, 32, 4)  u32     tiles of 2 x 16 outputs; a lane 4 g + q has 16 bytes of each half: outputs g and
+//                                        g + 8, channels 16 q .. 16 q + 15 of the group. Nibble 4 e + 2 s + r of word i:
+//                                        output g + 8 r, channel 16 q + 4 i + 2 s + e
+//   scales  (T, K/64, 2, 8, 4)   16 bit  of g: scale and zero (times its scale) of output g, then of g + 8
+//   bias    (O)                  fp32    or null
+//   out     (B, O)               h
+// Work:   a block makes 32 outputs for eight rows of x; its warps take every eighth group of K and add up in fixed order.
+//         Codes are A of an mma, x is B; ones in the place of A make the sum of x. In fp32, over all groups:
+//         scale * (codes x) + zero * (sum of x).
+//         One instruction makes h of two codes. fp16: nothing but a mask, code * 2^-24 is a subnormal. bf16: 128 + code, and
+//         zero - 128 scale in the place of zero; that costs 3 of the 24 bits of an fp32 sum.
 // Launch: grid (T, ceil(B / 8)), block 256.
-// Bound:  memory: 0.5 bytes a weight and 4 bytes a group. All loads of a warp (6 groups) are on their way at once.
-// Limits: 80 registers, 4 KiB shared memory.
+// Bound:  memory: half a byte a weight and 4 bytes a group of 64. A warp has the loads of two groups on their way at once.
+// Limits: 96 registers, 9 KiB shared memory.
 // Truth:  engine/reference/modulation_w4a16.py
 #include "common/mma.cuh"
 
-constexpr int GROUP = 64, TILE_ROWS = 16, TILE_BATCH = 8, NUM_WARPS = 8, AT_ONCE = 6;
+constexpr int GROUP = 64, TILE_ROWS = 32, TILE_BATCH = 8, NUM_WARPS = 8;
+constexpr int AT_ONCE = 2;  // groups that a warp loads at once
+constexpr int THREADS = 32 * NUM_WARPS;
+constexpr int MIN_BLOCKS = __CUDA_ARCH__ < 1000 ? 3 : 2;  // a multiprocessor; newer architectures would spill
 #if H_BF16
 constexpr u32 CODE_BASE = 0x43004300u, ONES = 0x3f803f80u;
 constexpr float CODE_SCALE = 1.0f, CODE_OFFSET = 128.0f;
@@ -43,79 +46,89 @@ __device__ __forceinline__ u32 two_codes(u32 w) {
   return pair;
 }
 
-struct Words {  // one row of x, 16 channels
+struct Words {  // of one row of x, 16 channels
   uint4 half[2];
 };
 
-// c += (scale * codes + zero) of one group times x.
-__device__ __forceinline__ void add_group(float (&c)[4], uint4 codes, uint2 scales, Words x) {
-  const u32 words[4] = {codes.x, codes.y, codes.z, codes.w};
-  const u32 b[8] = {x.half[0].x, x.half[0].y, x.half[0].z, x.half[0].w, x.half[1].x, x.half[1].y, x.half[1].z, x.half[1].w};
-  const u32 ones[4] = {ONES, ONES, ONES, ONES};
-  float products[4] = {}, sums[4] = {};
+// c += (scale * codes + zero) x, of one group, for two times 16 outputs.
+__device__ __forceinline__ void add_group(float (&c)[2][4], const uint4 (&codes)[2], const uint2 (&scales)[2], Words x) {
+  const uint4 x0 = x.half[0], x1 = x.half[1];
+  const u32 b[8] = {x0.x, x0.y, x0.z, x0.w, x1.x, x1.y, x1.z, x1.w}, ones[4] = {ONES, ONES, ONES, ONES};
+  float sums[4] = {};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const u32 a[4] = {two_codes(words[i]), two_codes(words[i] >> 4), two_codes(words[i] >> 8), two_codes(words[i] >> 12)};
-    mma_h_k16(products, a, b[2 * i], b[2 * i + 1]);
-    mma_h_k16(sums, ones, b[2 * i], b[2 * i + 1]);
-  }
-  const float2 upper = scale_and_zero(scales.x), lower = scale_and_zero(scales.y);
+  for (int i = 0; i < 4; ++i) mma_h_k16(sums, ones, b[2 * i], b[2 * i + 1]);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 one = i < 2 ? upper : lower;
-    c[i] = fmaf(one.x * CODE_SCALE, products[i], c[i]);
-    c[i] = fmaf(fmaf(one.x, -CODE_OFFSET, one.y), sums[i], c[i]);
+  for (int half = 0; half < 2; ++half) {
+    const u32 words[4] = {codes[half].x, codes[half].y, codes[half].z, codes[half].w};
+    float products[4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const u32 w = words[i], a[4] = {two_codes(w), two_codes(w >> 4), two_codes(w >> 8), two_codes(w >> 12)};
+      mma_h_k16(products, a, b[2 * i], b[2 * i + 1]);
+    }
+    const float2 upper = scale_and_zero(scales[half].x), lower = scale_and_zero(scales[half].y);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 one = i < 2 ? upper : lower;
+      c[half][i] = fmaf(one.x * CODE_SCALE, products[i], c[half][i]);
+      c[half][i] = fmaf(fmaf(one.x, -CODE_OFFSET, one.y), sums[i], c[half][i]);
+    }
   }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * NUM_WARPS, 3)
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 modulation_w4a16(const h_t* __restrict__ x, const uint4* __restrict__ codes, const uint2* __restrict__ scales,
                  const float* __restrict__ bias, h_t* __restrict__ out, int batch, int num_groups, int num_rows) {
-  __shared__ float parts[NUM_WARPS][TILE_ROWS][TILE_BATCH];
+  __shared__ float parts[NUM_WARPS][TILE_BATCH][TILE_ROWS + 1];
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane / 4, q = lane & 3;
   const int batch0 = blockIdx.y * TILE_BATCH;
   const size_t group0 = static_cast<size_t>(blockIdx.x) * num_groups + warp;
-  codes += group0 * 32 + lane;
-  scales += group0 * 8 + g;
+  codes += group0 * 64 + lane;
+  scales += group0 * 16 + g;
   const bool has_x = batch0 + g < batch;
-  const uint4* from = reinterpret_cast<const uint4*>(x + static_cast<size_t>(has_x ? batch0 + g : 0) * num_groups * GROUP +
-                                                     warp * GROUP + 16 * q);
-  constexpr int STRIDE = NUM_WARPS;  // groups from one of a warp's to its next
+  const h_t* row = x + static_cast<size_t>(has_x ? batch0 + g : 0) * num_groups * GROUP;
+  const Words* from = reinterpret_cast<const Words*>(row) + warp * (GROUP / 16) + q;
 
-  float c[4] = {};  // outputs g, g + 8; rows of x 2 q, 2 q + 1
+  float c[2][4] = {};  // outputs g, g + 8 of each half; rows of x 2 q, 2 q + 1
 #pragma unroll 1
-  for (int left = num_groups - warp; left > 0; left -= AT_ONCE * STRIDE) {
-    uint4 held[AT_ONCE];
-    uint2 held_scales[AT_ONCE];
+  for (int left = num_groups - warp; left > 0; left -= AT_ONCE * NUM_WARPS) {
+    uint4 held[AT_ONCE][2];
+    uint2 held_scales[AT_ONCE][2];
+    Words words[AT_ONCE];
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) {
-      if (i * STRIDE >= left) break;
-      held[i] = __ldcs(codes + i * STRIDE * 32);
-      held_scales[i] = __ldcs(scales + i * STRIDE * 8);
+      if (i * NUM_WARPS >= left) break;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        held[i][half] = __ldcs(codes + (i * NUM_WARPS * 2 + half) * 32);
+        held_scales[i][half] = __ldcs(scales + (i * NUM_WARPS * 2 + half) * 8);
+      }
     }
-    Words next{};
-    if (has_x) next = *reinterpret_cast<const Words*>(from);
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) {
-      if (i * STRIDE >= left) break;
-      const Words now = next;
-      if (has_x && (i + 1) * STRIDE < left) next = *reinterpret_cast<const Words*>(from + (i + 1) * STRIDE * (GROUP / 8));
-      add_group(c, held[i], held_scales[i], now);
+      words[i] = Words{};
+      if (has_x && i * NUM_WARPS < left) words[i] = from[i * NUM_WARPS * (GROUP / 16)];
     }
-    codes += AT_ONCE * STRIDE * 32;
-    scales += AT_ONCE * STRIDE * 8;
-    from += AT_ONCE * STRIDE * (GROUP / 8);
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      if (i * NUM_WARPS >= left) break;
+      add_group(c, held[i], held_scales[i], words[i]);
+    }
+    codes += AT_ONCE * NUM_WARPS * 64;
+    scales += AT_ONCE * NUM_WARPS * 16;
+    from += AT_ONCE * NUM_WARPS * (GROUP / 16);
   }
 
 #pragma unroll
-  for (int i = 0; i < 4; ++i) parts[warp][g + 8 * (i / 2)][2 * q + (i & 1)] = c[i];
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) parts[warp][2 * q + (i & 1)][16 * half + g + 8 * (i / 2)] = c[half][i];
   __syncthreads();
-  if (threadIdx.x >= TILE_ROWS * TILE_BATCH) return;
-  const int row = threadIdx.x % TILE_ROWS, column = threadIdx.x / TILE_ROWS;
-  const int output = blockIdx.x * TILE_ROWS + row;
+  static_assert(TILE_ROWS * TILE_BATCH == THREADS, "a thread has one result");
+  const int column = threadIdx.x / TILE_ROWS, output = blockIdx.x * TILE_ROWS + threadIdx.x % TILE_ROWS;
   if (output >= num_rows || batch0 + column >= batch) return;
   float sum = bias == nullptr ? 0.0f : bias[output];
 #pragma unroll
-  for (int i = 0; i < NUM_WARPS; ++i) sum += parts[i][row][column];
+  for (int i = 0; i < NUM_WARPS; ++i) sum += parts[i][column][threadIdx.x % TILE_ROWS];
   out[static_cast<size_t>(batch0 + column) * num_rows + output] = to_h(sum);
 }

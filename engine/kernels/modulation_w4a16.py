@@ -12,7 +12,7 @@ from engine.jit import Variant, launch
 from engine.reference import modulation_w4a16 as reference
 from engine.reference.linear_w4a16 import W4A16Weights
 
-GROUP, TILE_ROWS, TILE_BATCH, THREADS = 64, 16, 8, 256
+GROUP, TILE_ROWS, TILE_BATCH, THREADS = 64, 32, 8, 256
 HALVES = (torch.float16, torch.bfloat16)
 # By the dtypes of x and of the scales, which keep their file's.
 VARIANTS = {
@@ -24,10 +24,10 @@ VARIANTS = {
 
 @dataclass(frozen=True, eq=False)
 class ArrangedModulation:
-    """W4A16Weights in the order of the kernel, on any device. O out, K in channels, T = ceil(O / 16) tiles."""
+    """W4A16Weights in the order of the kernel, on any device. O out, K in channels, T = ceil(O / 32) tiles."""
 
-    codes: Tensor  # (T, K/64, 32, 4) int32, eight codes a word; kernels_cu/modulation_w4a16.cu says which
-    scales: Tensor  # (T, K/64, 8, 4) fp16 or bf16: scale and zero of one row, then of the row 8 below
+    codes: Tensor  # (T, K/64, 2, 32, 4) int32, eight codes a word; kernels_cu/modulation_w4a16.cu says which
+    scales: Tensor  # (T, K/64, 2, 8, 4) fp16 or bf16: scale and zero of one row, then of the row 8 below
     bias: Tensor | None  # (O,) fp32
     out_features: int
 
@@ -38,10 +38,10 @@ class ArrangedModulation:
     def logical(self) -> W4A16Weights:
         """The weights as they were before, with the bias in fp32."""
         tiles, groups = self.codes.shape[:2]
-        pairs = self.codes.view(torch.uint8).view(tiles, groups, 8, 4, 4, 2, 2)  # t k g q i e s
+        pairs = self.codes.view(torch.uint8).view(tiles, groups, 2, 8, 4, 4, 2, 2)  # t k h g q i e s
         codes = torch.stack([pairs & 15, pairs >> 4], dim=-1)  # ... r
-        codes = codes.permute(0, 7, 2, 1, 3, 4, 6, 5).reshape(tiles * TILE_ROWS, groups * GROUP)
-        scales = self.scales.view(tiles, groups, 8, 2, 2).permute(4, 0, 3, 2, 1).reshape(2, -1, groups)
+        codes = codes.permute(0, 2, 8, 3, 1, 4, 5, 7, 6).reshape(tiles * TILE_ROWS, groups * GROUP)
+        scales = self.scales.view(tiles, groups, 2, 8, 2, 2).permute(5, 0, 2, 4, 3, 1).reshape(2, -1, groups)
         n = self.out_features
         return W4A16Weights(codes[:n].contiguous(), scales[0, :n], scales[1, :n], self.bias, GROUP)
 
@@ -58,11 +58,11 @@ def arrange_modulation(weights: W4A16Weights) -> ArrangedModulation:
         )
     tiles, groups = -(-n // TILE_ROWS), k // GROUP
     rows = (0, 0, 0, tiles * TILE_ROWS - n)  # of zeros, below
-    codes = F.pad(weights.codes, rows).view(tiles, 2, 8, groups, 4, 4, 2, 2)  # t r g k q i s e
-    codes = codes.permute(0, 3, 2, 4, 5, 7, 6, 1).contiguous()  # t k g q i e s r
-    words = (codes[..., 0] | codes[..., 1] << 4).view(tiles, groups, 32, 16).view(torch.int32)
+    codes = F.pad(weights.codes, rows).view(tiles, 2, 2, 8, groups, 4, 4, 2, 2)  # t h r g k q i s e
+    codes = codes.permute(0, 4, 1, 3, 5, 6, 8, 7, 2).contiguous()  # t k h g q i e s r
+    words = (codes[..., 0] | codes[..., 1] << 4).view(tiles, groups, 2, 32, 16).view(torch.int32)
     scales = torch.stack([F.pad(weights.scales, rows), F.pad(weights.zeros, rows)], dim=-1)
-    scales = scales.view(tiles, 2, 8, groups, 2).permute(0, 3, 2, 1, 4).reshape(tiles, groups, 8, 4)
+    scales = scales.view(tiles, 2, 2, 8, groups, 2).permute(0, 4, 1, 3, 2, 5).reshape(tiles, groups, 2, 8, 4)
     bias = None if weights.bias is None else weights.bias.float()
     return ArrangedModulation(words, scales.contiguous(), bias, n)
 

@@ -96,12 +96,16 @@ def test_a_lane_finds_its_codes_where_the_kernel_says() -> None:
     weights = made(48, 192, "cpu", torch.bfloat16)
     arranged = arrange_modulation(weights)
     words = arranged.codes.to(torch.int64) & 0xFFFFFFFF
-    for tile, group, lane, i, e, s, r in [(0, 0, 0, 0, 0, 0, 0), (1, 2, 13, 1, 1, 0, 1), (2, 1, 31, 3, 0, 1, 0)]:
-        code = words[tile, group, lane, i] >> 4 * (4 * e + 2 * s + r) & 15
-        row, channel = 16 * tile + lane // 4 + 8 * r, 64 * group + 16 * (lane % 4) + 4 * i + 2 * s + e
+    for tile, half, group, lane, i, e, s, r in [
+        (0, 0, 0, 0, 0, 0, 0, 0),
+        (0, 1, 2, 13, 1, 1, 0, 1),
+        (1, 0, 1, 31, 3, 0, 1, 1),
+    ]:
+        code = words[tile, group, half, lane, i] >> 4 * (4 * e + 2 * s + r) & 15
+        row, channel = 32 * tile + 16 * half + lane // 4 + 8 * r, 64 * group + 16 * (lane % 4) + 4 * i + 2 * s + e
         assert code == weights.codes[row, channel]
-        assert arranged.scales[tile, group, lane // 4, 2 * r] == weights.scales[row, group]
-        assert arranged.scales[tile, group, lane // 4, 2 * r + 1] == weights.zeros[row, group]
+        assert arranged.scales[tile, group, half, lane // 4, 2 * r] == weights.scales[row, group]
+        assert arranged.scales[tile, group, half, lane // 4, 2 * r + 1] == weights.zeros[row, group]
 
 
 CASES = [
