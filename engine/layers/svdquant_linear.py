@@ -82,6 +82,8 @@ class PackedLinear(BranchedLinear):
     kernel: there the weight is expanded for the call.
     """
 
+    weight = None  # transformers' T5 asks every linear for it
+
     def __init__(self, weights: W4A16Weights, dtype: torch.dtype, arch: str | None = None) -> None:
         """arch: the card's ("90a"), which `weights` are on; None for the reference."""
         super().__init__(weights.in_features, weights.out_features)
