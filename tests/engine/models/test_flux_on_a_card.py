@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,15 +35,19 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made | {"wide": write_16_bit(folder / "wide.safetensors", small_flux())}
 
 
-def load(files: dict[str, Path], precision: str, plan: str, where: str = "cuda") -> Flux:
-    return load_flux(open_safetensors(files[precision]), plan, where, torch.bfloat16, fused=True)
+def load(
+    files: dict[str, Path], precision: str, plan: str, where: str = "cuda", dtype: torch.dtype = torch.bfloat16
+) -> Flux:
+    return load_flux(open_safetensors(files[precision]), plan, where, dtype, fused=True)
 
 
-def inputs(where: str = "cuda", batch: int = 1, seed: int = 2, rows: int = 5) -> tuple[Tensor | None, ...]:
+def inputs(
+    where: str = "cuda", batch: int = 1, seed: int = 2, rows: int = 5, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor | None, ...]:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(batch, *shape, generator=generator).to(where, torch.bfloat16)
+        return torch.randn(batch, *shape, generator=generator).to(where, dtype)
 
     ids = torch.tensor([[0.0, y, x] for y in range(rows) for x in range(3)], device=where)
     timestep = torch.rand(batch, generator=generator).to(where)
@@ -53,21 +58,22 @@ def inputs(where: str = "cuda", batch: int = 1, seed: int = 2, rows: int = 5) ->
 
 
 @torch.inference_mode()
-def step(network: Callable[..., Tensor], *given: object, **named: int) -> Tensor:
+def step(network: Callable[..., Tensor], *given: object, **named: Any) -> Tensor:
     return network(*given, *inputs(**named)).clone()  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(
     ("precision", "plan"),
     [("int4", "w4a4"), ("int4", "w4a8"), ("int4", "w4a16"), ("nvfp4", "w4a16")],
 )
-def test_a_step_is_the_references(files, precision, plan):
-    network = load(files, precision, plan)
-    found = step(network).cpu()
+def test_a_step_is_the_references(files, precision, plan, dtype):
+    network = load(files, precision, plan, dtype=dtype)
+    found = step(network, dtype=dtype).cpu()
     with torch.inference_mode():
-        expected = load(files, precision, plan, "cpu")(*inputs("cpu"))
+        expected = load(files, precision, plan, "cpu", dtype)(*inputs("cpu", dtype=dtype))
     error = relative_error(found, expected)
-    print(f"\n{precision} {plan}: {error:.4f}, {plan_counts(network)}")
+    print(f"\n{precision} {plan} {dtype}: {error:.4f}, {plan_counts(network)}")
     assert error < NEAR[plan]
 
 
@@ -130,6 +136,17 @@ def test_a_lora_on_the_card_adds_what_the_reference_adds(files, tmp_path):
         LoraStack(network).set([(lora, 0.8)])
         results.append(step(network, where=where).cpu())
     assert relative_error(*results) < 0.02
+
+
+def test_a_lora_on_16_bit_linears_is_live_under_a_graph_too(files, tmp_path):
+    network = load(files, "wide", "w4a16")
+    plain = step(network)
+    lora = write_lora(tmp_path / "a.safetensors", 1, 20, bias=True)
+    stack, graphs = LoraStack(network), StepGraphs(network)
+    for strength in (0.5, 0.5, 0.5, 0.0, -1.0):
+        stack.set([(lora, strength)])
+        assert torch.equal(step(graphs, stack.layout), step(network))
+        assert torch.equal(step(network), plain) == (strength == 0)
 
 
 def test_three_graphs_live_at_most_and_no_memory_for_one_is_no_failure(files, monkeypatch):
