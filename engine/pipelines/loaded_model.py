@@ -61,6 +61,7 @@ class LoadedModel:
         self._loras: LoraStack | None = None
         self._graphs: StepGraphs | None = None  # on a card
         self._prepared: set[tuple[int, int]] = set()  # layouts of LoRAs and numbers of tokens
+        self._attention: dict[int, Backend] = {}  # by number of tokens
         self._choices: tuple[tuple[str, float], ...] = ()
         self._encoders: TextEncoders | None = None
         self._decoder: ImageDecoder | None = None
@@ -115,7 +116,7 @@ class LoadedModel:
         if not self.device.is_cuda:
             return
         assert self._loras is not None
-        num_text, config = self.bundle.tokenizers["t5_tokenizer"].length, network.config
+        num_text, config = self._num_text, network.config
         tokens = num_text + picture.num_tokens
         if (self._loras.layout, tokens) in self._prepared:
             return
@@ -128,7 +129,7 @@ class LoadedModel:
             )
         )
         prepare_kernels(network, step_inputs(picture, image, text, pooled, sigma=1.0), report)
-        choose_attention(network, tokens, self.dtype, self.torch_device)
+        self._attention[tokens] = choose_attention(network, tokens, self.dtype, self.torch_device)
         self._prepared.add((self._loras.layout, tokens))
 
     def step(self, check: Check, *inputs: Tensor | None) -> Tensor:
@@ -144,11 +145,12 @@ class LoadedModel:
         return self._graphs(self._loras.layout, *inputs)
 
     def attention_of(self, picture: Picture) -> Backend:
-        """What computes the attention of such a picture."""
-        if not self.device.is_cuda:
-            return "torch"
-        tokens = self.bundle.tokenizers["t5_tokenizer"].length + picture.num_tokens
-        return choose_attention(self.network, tokens, self.dtype, self.torch_device)
+        """What computes the attention of such a picture; on a card it was chosen when that was prepared."""
+        return self._attention.get(self._num_text + picture.num_tokens, "torch")
+
+    @property
+    def _num_text(self) -> int:
+        return self.bundle.tokenizers["t5_tokenizer"].length
 
     def has_embeddings(self, prompt: str) -> bool:
         return prompt in self._prompts

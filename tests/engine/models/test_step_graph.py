@@ -1,4 +1,4 @@
-"""When a step is captured, how many graphs live, and what happens without memory. The graphs themselves: on a card."""
+"""When a step is captured, how many graphs live, what happens without memory. The graphs themselves: on a card."""
 
 from __future__ import annotations
 
