@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from itertools import chain
 from pathlib import Path
@@ -31,7 +31,7 @@ CHECKSUM_BYTES = 32
 class Compiled:
     """A cubin and what ptxas said about it."""
 
-    cubin: bytes
+    cubin: bytes = field(repr=False)
     log: str
 
     def _number(self, pattern: str) -> int:
@@ -153,11 +153,13 @@ def set_cache_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def cache_folder() -> Path:
-    """What was set; else TONFA_KERNEL_CACHE; else the user's cache folder."""
+    """What was set; else TONFA_KERNEL_CACHE; else below TONFA_HOME; else in the user's cache folder."""
     if _folder is not None:
         return _folder
     if named := os.environ.get("TONFA_KERNEL_CACHE"):
         return Path(named)
+    if home := os.environ.get("TONFA_HOME"):
+        return Path(home).expanduser() / "cache" / "kernels"
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
         return Path(base).expanduser() / "Tonfa" / "Cache" / "kernels"

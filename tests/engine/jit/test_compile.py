@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from engine import folders
 from engine.jit import KernelError, Variant, compile, compile_cubin, compiled, kernels_version, prepare, sources
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -200,7 +201,9 @@ def test_the_cache_folder_is_the_environments_or_the_users(monkeypatch: pytest.M
     monkeypatch.setenv("TONFA_KERNEL_CACHE", str(tmp_path))
     assert compile.cache_folder() == tmp_path
     monkeypatch.delenv("TONFA_KERNEL_CACHE")
-    assert compile.cache_folder().is_relative_to(Path.home()) or "XDG_CACHE_HOME" in os.environ
+    assert compile.cache_folder() == folders.cache() / "kernels"
+    monkeypatch.delenv("TONFA_HOME")
+    assert compile.cache_folder() == folders.cache() / "kernels"
 
 
 @pytest.mark.parametrize(
