@@ -105,9 +105,12 @@ def _options(variant: Variant, arch: str) -> list[str]:
 
 @cache
 def _nvrtc_version() -> str:
-    from cuda.bindings import nvrtc
+    try:
+        from cuda.bindings import nvrtc
 
-    _, major, minor = nvrtc.nvrtcVersion()
+        _, major, minor = nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError) as error:  # cuda-python is not there, or finds no library
+        raise KernelError(f"NVRTC, which compiles kernels, is not installed: {error}") from error
     return f"{major}.{minor}"
 
 

@@ -198,7 +198,7 @@ def _load(variant: Variant, index: int) -> _Kernel:
 
 @functools.cache
 def _launcher() -> Callable[..., int]:
-    """cuLaunchKernelEx by ctypes: half the time of cuda.bindings' own, which makes objects of everything."""
+    """cuLaunchKernelEx by ctypes: everything but the memory's content can be prepared once."""
     from cuda.bindings import driver
 
     error, address, _ = driver.cuGetProcAddress(b"cuLaunchKernelEx", 12000, 0)

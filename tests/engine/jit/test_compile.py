@@ -155,6 +155,18 @@ def test_an_error_names_kernel_variant_architecture_and_line(write: Callable[...
         compile_cubin(Variant("absent"), "89")
 
 
+def test_a_machine_without_nvrtc_is_told_so(add: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cuda.bindings import nvrtc
+
+    def absent() -> None:
+        raise RuntimeError("Failure finding libnvrtc.so")
+
+    monkeypatch.setattr(nvrtc, "nvrtcVersion", absent)
+    monkeypatch.setattr(compile, "_nvrtc_version", compile._nvrtc_version.__wrapped__)
+    with pytest.raises(KernelError, match=r"is not installed: .*libnvrtc"):
+        compile_cubin(add, "89")
+
+
 def test_preparing_tells_how_far_it_is_and_only_of_what_was_missing(add: Variant, compilations: list[str]) -> None:
     variants = [Variant(add.source, (("TIMES", n),)) for n in range(4)]
     compile_cubin(variants[2], "86")
