@@ -84,7 +84,7 @@ class FusedLinear(BranchedLinear):
         return self._run(x, Plain())
 
     def gelu(self, x: Act, reader: BranchedLinear) -> Act:
-        if isinstance(reader, FusedLinear) and reader.plan == self.plan:
+        if isinstance(reader, FusedLinear) and (reader.plan, reader.precision) == (self.plan, self.precision):
             made = svdq_linear(self.read(x), self.layout.linear, GeluQuantize(reader.target, *self._gelu_scale))
             assert isinstance(made, QuantizedAct)
             return made
