@@ -527,6 +527,7 @@ def test_doctor_tells_the_plans_of_a_card(tonfa, monkeypatch):
 
     card = GpuSample(0, "A card", "GPU-1", 90, "580", 2**37, 2**30, None, None, None, None)
     monkeypatch.setattr(doctor.Monitor, "gpus", lambda self, pid=None: (card,))
+    monkeypatch.setattr("torch.version.cuda", None)
     result = tonfa("doctor")[1]
     (gpu,) = result["gpus"]
     assert (gpu["arch"], gpu["plan_int4"], gpu["plan_nvfp4"]) == ("sm_90", "w4a8", "w4a16")

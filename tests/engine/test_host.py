@@ -210,7 +210,7 @@ def test_a_folder_called_engine_where_it_is_started_is_not_imported(tmp_path, mo
     host = Host()
     host.start()
     host.submit(1, InspectRequest(str(Path(__file__))))
-    assert isinstance(finals(events_until(host, {1}))[1], Failed)
+    assert isinstance(finals(events_until(host, {1}))[1], Finished)
     host.close()
 
 
