@@ -284,7 +284,7 @@ __device__ __forceinline__ void project_down(const u32 (&x)[4][2][4], int row0, 
         const int row = row0 + g + 8 * half;
         unsigned long long* to = e.next_low + size_t(row) * e.next_rank + 16 * s + 8 * tile + q;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {  // ranks q and q + 4 instead of 2 q and 2 q + 1: a quad adds to 32 bytes at once
+        for (int i = 0; i < 2; ++i) {  // ranks q and q + 4, not 2 q and 2 q + 1: a quad adds to 32 bytes at once
           const float even = __shfl_sync(0xffffffffu, sums[tile][2 * half], 4 * g + q / 2 + 2 * i);
           const float odd = __shfl_sync(0xffffffffu, sums[tile][2 * half + 1], 4 * g + q / 2 + 2 * i);
           const long long fixed = __float2ll_rn((q & 1 ? odd : even) * LOW_ONE);
