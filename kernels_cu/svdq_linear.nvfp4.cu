@@ -1,8 +1,8 @@
-// svdq_linear.nvfp4: e2m1 activations x e2m1 weights by block-scaled mma.sync, then the low-rank branch and an epilogue.
+// svdq_linear.nvfp4: e2m1 activations x e2m1 weights by block-scaled mma, then the low-rank branch and an epilogue.
 //
 //   act      (M, K/2)      uint8  e2m1, even column in the low nibble
 //   ascales  (M, K/16)     uint8  e4m3, one scale per row and group of 16
-//   weights  (N/128, K/64) records of 4608 bytes (pack_nvfp4 in engine/kernels/_arrange_nvfp4.py), N filled up with zeros:
+//   weights  (N/128, K/64) records of 4608 bytes (pack_nvfp4 in engine/kernels/_arrange_nvfp4.py), N filled up by zeros:
 //              codes   (8, 32, 4) words: tiles 2 p and 2 p + 1, lane, {b0 b1 of the even tile, b0 b1 of the odd one}
 //              scales  (4, 8, 4) words: g, tiles 4 i .. 4 i + 3; a word is the e4m3 scales of a column's four groups
 //   outer    (N to 128)    fp32   wtscale x wcscales per out channel, or null
@@ -17,9 +17,10 @@
 
 constexpr int ACT_BYTES = BLOCK_ROWS * 32, CODE_BYTES = 4096, RECORD_BYTES = CODE_BYTES + 512;
 
-// C (16, 8) += A (16, 64) B (64, 8), each 16 of k times a scale of A's row and one of B's column; fragments as in mma.cuh.
+// C (16, 8) += A (16, 64) B (64, 8), each 16 of k times a scale of A's row and one of B's column; fragments: mma.cuh.
 // Selectors 0: the scales of row g come from the lane with q = 0, of row g + 8 from q = 1, of column g from q = 0.
-__device__ __forceinline__ void mma_nvfp4_k64(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, u32 a_scales, u32 b_scales) {
+__device__ __forceinline__ void mma_nvfp4_k64(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, u32 a_scales,
+                                              u32 b_scales) {
   asm("mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3 "
       "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3}, {%10}, {0, 0}, {%11}, {0, 0};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -32,8 +33,8 @@ struct E2M1Tile {
   float (&acc)[ROW_TILES][16][4];
   const u8 *act[2], *record, *ascales;
 
-  __device__ __forceinline__ E2M1Tile(float (&acc)[ROW_TILES][16][4], const u8* codes, const u8* scales, const u8* weights,
-                                      int k, int m)
+  __device__ __forceinline__ E2M1Tile(float (&acc)[ROW_TILES][16][4], const u8* codes, const u8* scales,
+                                      const u8* weights, int k, int m)
       : acc(acc) {
     const int row0 = blockIdx.x * BLOCK_ROWS;
     record = weights + size_t(blockIdx.y) * (k / 64) * RECORD_BYTES + threadIdx.x * 16;

@@ -3,11 +3,11 @@
 //   act      (M, K)        uint8  e4m3
 //   ascales  (M)           fp32   one scale per row
 //   weights  (N/128, K/64) records (pack_w4a8 in engine/kernels/_arrange_w4a8.py), N filled up with zeros:
-//              codes   (8, 32, 4) words: tiles 2 p and 2 p + 1, lane, {k 0..31, k 32..63 of the even tile, then of the odd one}
+//              codes   (8, 32, 4) words: tiles 2 p and 2 p + 1, lane, {k 0..31, k 32..63 of the even tile, of the odd one}
 //              scales  (128)
 //   outer    (N to 128)    fp32   wtscale x wcscales and what e4m3.cuh asks for, per out channel
-// Work:   128 x 128 a block, 4 warps of 32 x 128. Two mma m16n8k32 are one group; their sums start from 0 and are scaled into
-//         the running ones: fp32 over K.
+// Work:   128 x 128 a block, 4 warps of 32 x 128. Two mma m16n8k32 are one group; their sums start from 0 and are scaled
+//         into the running ones: fp32 over K.
 // Launch: grid (ceil(M/128), ceil(N/128)), block 128, shared memory STAGES * STAGE_BYTES.
 // Limits: 255 registers, 51200 bytes of shared memory
 // Bound:  tensor units on sm_89 and sm_120. sm_90 puts 16-bit mma in the place of this one: right, and slow.
@@ -44,8 +44,10 @@ struct E4M3Tile {
   __device__ __forceinline__ void load(u8* stage) {
     const int thread = threadIdx.x;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      cp_async16(stage + act_place(thread / 4 + 32 * i, thread % 4), i < rows ? act + size_t(32 * i) * k : record, i < rows);
+    for (int i = 0; i < 4; ++i) {
+      const u8* from = i < rows ? act + size_t(32 * i) * k : record;
+      cp_async16(stage + act_place(thread / 4 + 32 * i, thread % 4), from, i < rows);
+    }
     u8* to = stage + ACT_BYTES + thread * 16;
     cp_async16(to, record);
     cp_async16(to + 2048, record + 2048);

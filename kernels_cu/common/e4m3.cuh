@@ -1,6 +1,7 @@
-// 4-bit integers as e4m3, without a conversion: e4m3's smallest values are linear, byte m = 0..7 is m * 2^-9 exactly and bit 7 its
-// sign. Codes are kept as sign and magnitude, eight in a word: four sit where a mask finds them, four after a turn by 4 bits.
-// 2^-9 is taken back by `outer`, the scale of the out channel. -8 has no place here. Packer: engine/kernels/_arrange_w4a8.py
+// 4-bit integers as e4m3, without a conversion: e4m3's smallest values are linear, byte m = 0..7 is m * 2^-9 exactly and
+// bit 7 its sign. Codes are kept as sign and magnitude, eight in a word: four sit where a mask finds them, four after a
+// turn by 4 bits. 2^-9 is taken back by `outer`, the scale of the out channel. -8 has no place here.
+// Packer: engine/kernels/_arrange_w4a8.py
 //
 //   SCALE_TYPE  what a group scale is stored as: 0 fp32, 1 bf16, 2 fp16 (what holds the file's exactly)
 #pragma once
@@ -12,7 +13,7 @@ constexpr int GROUP = 64;  // in-channels that share a scale
 constexpr int SCALE_BYTES = SCALE_TYPE == 0 ? 4 : 2;
 
 __device__ __forceinline__ u32 first_four(u32 codes) { return codes & SIGNS_AND_MAGNITUDES; }
-__device__ __forceinline__ u32 second_four(u32 codes) { return __funnelshift_l(codes, codes, 4) & SIGNS_AND_MAGNITUDES; }
+__device__ __forceinline__ u32 second_four(u32 codes) { return first_four(__funnelshift_l(codes, codes, 4)); }
 
 // Two neighbouring group scales.
 __device__ __forceinline__ float2 scale_pair(const u8* at) {

@@ -3,9 +3,10 @@
 // D (64, 128) = A (64, 32) B^T, B (128, 32). Warp w of the four has rows 16 w of A and D; lane = 4 * g + q:
 //   D  d[j][0..1] row g, columns 8 j + 2 q, + 1;  d[j][2..3] row g + 8
 //   A  a0 row g, k 4q..4q+3;  a1 row g + 8;  a2, a3 the same at k + 16
-//   B  in shared memory, row by row, 128 bytes of k each, 16-byte chunk c of row r at place c ^ (r % 8); 1024-byte aligned
-// It runs on after the instruction: a, d and B must not be touched before wgmma_wait, and wgmma_fence stands between ordinary
-// writes of a or d and the wgmma that reads them.
+//   B  in shared memory, row by row, 128 bytes of k each, 16-byte chunk c of row r at place c ^ (r % 8); 1024-byte
+//      aligned
+// It runs on after the instruction: a, d and B must not be touched before wgmma_wait, and wgmma_fence stands between
+// ordinary writes of a or d and the wgmma that reads them.
 // Source: PTX ISA, "Asynchronous warpgroup level matrix instructions".
 #pragma once
 
