@@ -197,7 +197,7 @@ def dequantize(act: QuantizedAct) -> Tensor:
 
 
 def saturated(act: QuantizedAct) -> Tensor:
-    """How many e4m3 codes stand at an end of the grid, () int64: a row's largest, and what a fixed scale cut off."""
+    """How many e4m3 codes stand at an end of the grid, () int64: rows' largest, and what a fixed scale cut."""
     if act.format != "e4m3":
         raise ValueError(f'saturated: only "e4m3" saturates, got "{act.format}"')
     return ((act.codes & 0x7F) == 0x7E).sum()
