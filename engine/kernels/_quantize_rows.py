@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,13 +18,12 @@ from engine.reference.quantize_act import (
     QuantizedAct,
 )
 
-ROWS = 16  # of a block
-MOST_WARPS = 8
-STEP_BYTES = 2048  # of x, that a warp holds for each step of 64 channels
-EXCHANGE_BYTES = 2048  # of a warp, for numbers that warps tell each other
-DEPTH = 2  # steps on their way; sm_75 cannot copy ahead
-RESERVED_BYTES = 1024  # of shared memory, in every block, by the driver
-SHARED_KIB = {"75": 64, "80": 164, "86": 100, "87": 164, "89": 100, "120a": 100, "121a": 100}  # of an SM; else 228
+TILE = 8  # rows; a block owns one or several tiles
+MOST_WARPS = 12
+DEPTH = {1: 4}  # steps of 64 channels that are copied ahead, by tiles; else 1
+STEP_BYTES = 1024  # of a warp, for each tile and step
+TOLD_BYTES = 64  # of a warp, for each tile: what it tells the block of its rows
+ROW_BYTES = 128  # of a block, for each tile: what all know of its rows
 PLANS: dict[ActFormat, str] = {"int4": "w4a4", "uint4": "w4a4", "e4m3": "w4a8", "nvfp4": "nvfp4", "half": "w4a16"}
 # Where a linear reads this format (design, section 4), and 90a, where every kernel is held to its reference.
 ARCHITECTURES_OF: dict[str, tuple[str, ...]] = {
@@ -35,8 +34,16 @@ ARCHITECTURES_OF: dict[str, tuple[str, ...]] = {
 }
 
 
-def variant(operation: str, format: ActFormat, dtype: torch.dtype) -> Variant:
-    defines = [("H_BF16", int(dtype == torch.bfloat16))]
+def tile_counts(arch: str) -> tuple[int, ...]:
+    """How many tiles a block may own: many share the loads of factors, few keep every SM busy.
+
+    Cards with slow memory for their arithmetic do without the largest block, which sm_75 has no shared memory for.
+    """
+    return (1, 4, 5) if arch in ("80", "90a", "100a", "103a", "110a") else (1, 4)
+
+
+def variant(operation: str, format: ActFormat, dtype: torch.dtype, tiles: int) -> Variant:
+    defines = [("H_BF16", int(dtype == torch.bfloat16)), ("TILES", tiles)]
     if operation == "quantize_act" and PLANS[format] == "w4a4":
         defines.append(("UNSIGNED", int(format == "uint4")))
     return Variant(f"{operation}.{PLANS[format]}", tuple(defines))
@@ -48,44 +55,58 @@ def variants(operation: str, arch: str) -> list[Variant]:
     formats = [format for format, plan in PLANS.items() if arch in ARCHITECTURES_OF[plan]]
     if operation == "modulate_quantize":  # no LayerNorm ends in numbers that are never negative
         formats = [format for format in formats if format != "uint4"]
-    return [variant(operation, format, dtype) for format in formats for dtype in dtypes]
+    return [
+        variant(operation, format, dtype, tiles)
+        for format in formats
+        for dtype in dtypes
+        for tiles in tile_counts(arch)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How one width is launched on one card. The number of rows has no say: a row's result never depends on it."""
+    """How a shape is launched on one card. Warps, and with them the order of sums, depend on K alone."""
 
     variant: Variant
+    blocks: int
     warps: int
-    keep: int  # 1: all of x stays in shared memory between passes
     shared_bytes: int
 
 
-@cache
-def launch_for(operation: str, format: ActFormat, dtype: torch.dtype, k: int, index: int) -> Launch:
-    arch = arch_of(*torch.cuda.get_device_capability(index))
+@lru_cache(4096)
+def launch_for(operation: str, format: ActFormat, dtype: torch.dtype, m: int, k: int, index: int) -> Launch:
+    properties = torch.cuda.get_device_properties(index)
+    arch = arch_of(properties.major, properties.minor)
     if dtype == torch.bfloat16 and arch == "75":
         raise ValueError(f"{operation}: a card of sm_75 has no bf16, x must be fp16")
-    steps = k // K_STEP
-    warps = min(MOST_WARPS, steps)
-    ring, whole = 1 if arch == "75" else DEPTH, -(-steps // warps)
-    bytes_of = [warps * (slots * STEP_BYTES + EXCHANGE_BYTES) for slots in (ring, whole)]
-    several_passes = operation == "modulate_quantize" or format == "e4m3"
-    keep = several_passes and 2 * (bytes_of[1] + RESERVED_BYTES) <= 1024 * SHARED_KIB.get(arch, 228)
-    return Launch(variant(operation, format, dtype), warps, int(keep), bytes_of[keep])
+    tiles = best_tiles(m, properties.multi_processor_count, tile_counts(arch))
+    warps = min(MOST_WARPS, k // K_STEP)
+    shared_bytes = tiles * (warps * (DEPTH.get(tiles, 1) * STEP_BYTES + TOLD_BYTES) + ROW_BYTES)
+    blocks = -(-m // (TILE * tiles))
+    return Launch(variant(operation, format, dtype, tiles), blocks, warps, shared_bytes)
+
+
+def best_tiles(m: int, num_sms: int, counts: tuple[int, ...]) -> int:
+    """What takes least time when an SM runs one block after the other, and starting one costs as much as a tile."""
+
+    def time(tiles: int) -> int:
+        rounds = -(-m // (TILE * tiles * num_sms))
+        return rounds * (tiles + 1)
+
+    return min(counts, key=time)
 
 
 def quantize_rows(operation: str, x: Tensor, modulation: tuple[Tensor, ...], target: ActTarget) -> QuantizedAct:
     """x: (M, K) h on a card; modulation: shift and scale, (K,) h each, or nothing; target: arranged."""
     m, k = _check(operation, x, modulation, target)
-    how = launch_for(operation, target.format, x.dtype, k, x.get_device())
     codes, scales = _empty_codes(target.format, m, k, x)
     low = torch.empty(m, target.rank, dtype=torch.float32, device=x.device) if target.rank else None
     if m:
+        how = launch_for(operation, target.format, x.dtype, m, k, x.get_device())
         launch(
-            how.variant, (-(-m // ROWS),), (32 * how.warps,),
-            x, *modulation, target.smooth_factor, target.inverse_smooth, target.packed_down, target.rank_scales,
-            codes, scales, low, m, k, target.rank, how.keep, float(target.shift),
+            how.variant, (how.blocks,), (32 * how.warps,),
+            x, *modulation, target.inverse_smooth, target.factors, target.rank_scales,
+            codes, scales, low, m, k, target.rank, float(target.shift),
             shared_bytes=how.shared_bytes,
         )  # fmt: skip
     return QuantizedAct(target.format, codes, scales, low)
@@ -120,11 +141,11 @@ def _check(operation: str, x: Tensor, modulation: tuple[Tensor, ...], target: Ac
             raise ValueError(
                 f"{operation}: shift and scale must be ({k},) {x.dtype}, got {tuple(tensor.shape)} {tensor.dtype}"
             )
-    if target.inverse_smooth is None or target.packed_down is None:
+    if target.inverse_smooth is None or target.factors is None:
         raise ValueError(
             f"{operation}: the target of {k} channels and rank {target.rank} was not arranged: arrange_target"
         )
-    for tensor in (x, *modulation, target.smooth_factor, target.packed_down):
+    for tensor in (x, *modulation, target.inverse_smooth, target.factors):
         if tensor.get_device() != x.get_device() or not tensor.is_contiguous():
             raise ValueError(
                 f"{operation}: all must be contiguous on {x.device}, got {tuple(tensor.shape)} "

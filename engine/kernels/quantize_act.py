@@ -15,10 +15,17 @@ from engine.reference.quantize_act import RANK_SLICE, ActTarget, QuantizedAct
 def arrange_target(target: ActTarget) -> ActTarget:
     """The same target with the copies that kernels read; once, when a model is loaded or its LoRAs change."""
     k, rank = target.proj_down.shape
-    # 16 ranks, tile of 8, rank, 32 channels, lane of a quad, channel -> the B fragments of mma, 16 bytes a lane
-    factors = target.proj_down.T.reshape(rank // RANK_SLICE, 2, 8, k // 32, 4, 8)
-    packed = factors.permute(0, 3, 1, 2, 4, 5).reshape(rank // RANK_SLICE, k // 32, 2, 32, 8).contiguous()
-    return replace(target, inverse_smooth=1 / target.smooth_factor, packed_down=packed)
+    slices = rank // RANK_SLICE
+    # 16 ranks, tile of 8, rank, 32 channels, lane of a quad, channel -> B fragments of mma, 16 bytes a lane
+    columns = target.proj_down.T.reshape(slices, 2, 8, k // 32, 4, 8).permute(0, 3, 1, 2, 4, 5)
+    # 16 ranks, half of 8, rank, 32 channels, lane of a quad, mma, k or k + 8, channel -> A fragments
+    rows = target.proj_down.T.reshape(slices, 2, 8, k // 32, 4, 2, 2, 2).permute(0, 3, 5, 2, 4, 6, 1, 7)
+    return replace(
+        target,
+        inverse_smooth=1 / target.smooth_factor,
+        packed_down=columns.reshape(slices, k // 32, 2, 32, 8).contiguous(),
+        factors=rows.reshape(slices, k // 32, 2, 32, 8).contiguous(),
+    )
 
 
 def quantize_act(x: Tensor, target: ActTarget) -> QuantizedAct:

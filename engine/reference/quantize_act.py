@@ -31,8 +31,8 @@ class ActTarget:
 
     K channels, R rank (a multiple of 16, 0..1024), h the network's 16-bit type (fp32 on a CPU). Linears that share
     one input and one smooth_factor share one target, their factors side by side along R.
-    `inverse_smooth` and `packed_down` are the kernels' own copies of the same numbers: `arrange_target` of
-    engine/kernels/quantize_act.py makes them, the reference ignores them.
+    The last three are the kernels' own copies of these numbers: `arrange_target` of engine/kernels/quantize_act.py
+    makes them, the reference ignores them.
     Raises ValueError when shapes or dtypes do not fit together.
     """
 
@@ -42,7 +42,8 @@ class ActTarget:
     rank_scales: Tensor  # (R/16,) fp32; kernels leave the columns of `low` whose scale is 0 as they find them
     shift: float = 0.0  # added before smoothing; 11/64 behind a GELU for "uint4", else 0
     inverse_smooth: Tensor | None = None  # (K,) fp32: 1 / smooth_factor
-    packed_down: Tensor | None = None  # (R/16, K/32, 2, 32, 8) h: proj_down in the order a warp reads it
+    packed_down: Tensor | None = None  # (R/16, K/32, 2, 32, 8) h: proj_down as the GELU epilogue of a GEMM reads it
+    factors: Tensor | None = None  # (R/16, K/32, 2, 32, 8) h: proj_down as the kernels that quantize read it
 
     def __post_init__(self) -> None:
         if self.format not in get_args(ActFormat):

@@ -56,4 +56,6 @@ def test_a_kernels_file_is_named_by_its_operation_and_where_there_are_several_by
     for name in files:
         operation, *plan = name.removesuffix(".cu").split(".")
         assert len(plan) <= 1, f"{name} should be <operation>.cu or <operation>.<plan>.cu"
-        assert plan or sum(other.startswith(f"{operation}.") for other in files) == 1, f"{name} should name its plan"
+        assert plan or sum(other.startswith(f"{operation}.") for other in files) == 1, (
+            f"{name} should name its plan"
+        )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.jit import ARCHITECTURES
 from engine.kernels import quantize_act as kernels
+from engine.kernels._quantize_rows import best_tiles
 from engine.reference.e2m1 import decode_e2m1
 from engine.reference.quantize_act import (
     ActFormat,
@@ -195,6 +196,7 @@ def test_public_numerics_are_the_golden_ones(layer: str, x: str, codes: str, tmp
 
 
 HALF = [torch.bfloat16, torch.float16]
+DIFFERENT_CODES = 2e-4  # the most that were seen on an H100 are 3.2e-5, of "half"
 # FLUX: K 3072 and 12288; Tonfa Mini: 512 and 2048; the narrowest and the widest; one that no 8 warps share evenly
 SHAPES = [
     (1, 3072), (7, 512), (256, 512), (256, 2048), (4096, 3072), (4608, 3072), (4613, 3072), (4608, 12288),
@@ -208,12 +210,27 @@ SHAPES = [
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("m", "k"), SHAPES)
 def test_a_card_finds_the_references_codes(m: int, k: int, format: ActFormat, dtype: torch.dtype) -> None:
-    """The kernel divides and rounds as the reference does, so codes and scales are equal, not only near."""
+    """Up to ties: x times a reciprocal is at most a unit of fp32 from x / smooth_factor, and so is each scale."""
     target = random_target(format, k, 32, dtype, "cuda")
     x = act_targets.activations(m, k, dtype, "cuda", positive=format == "uint4")
     found = difference(kernels.quantize_act(x, target), quantize_act(x, target))
-    assert (found.steps, found.scales) == (0, 0.0), found
+    assert found.steps <= CODES_AT_TIES, found
+    assert found.fraction < DIFFERENT_CODES, found
+    assert found.scales < 2**-21 or (format == "nvfp4" and found.scales <= 2**-3), found  # e4m3 has ties of its own
     assert found.low < RELATIVE[torch.float32]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", ["int4", "e4m3", "nvfp4", "half"])
+def test_without_smoothing_ties_are_common_and_still_one_step(format: ActFormat) -> None:
+    """bf16 over bf16 is often halfway between two codes: there, 1 in 1000 is the other one."""
+    target = random_target(format, 3072, 0, torch.bfloat16, "cuda")
+    target = kernels.arrange_target(replace(target, smooth_factor=torch.ones(3072, device="cuda")))
+    x = torch.randn(512, 3072, device="cuda").bfloat16()
+    found = difference(kernels.quantize_act(x, target), quantize_act(x, target))
+    assert found.steps <= CODES_AT_TIES, found
+    assert found.fraction < 2e-3, found
+    assert found.scales < 2**-21, found
 
 
 @pytest.mark.gpu
@@ -225,7 +242,7 @@ def test_any_rank_that_is_a_multiple_of_16(format: ActFormat, rank: int) -> None
     x = act_targets.activations(261, 3072, torch.bfloat16, "cuda", positive=format == "uint4")
     act = kernels.quantize_act(x, target)
     found = difference(act, quantize_act(x, target))
-    assert found.steps == 0
+    assert found.steps <= CODES_AT_TIES
     assert (act.low is None) == (rank == 0)
     assert found.low < RELATIVE[torch.float32]
 
@@ -293,7 +310,9 @@ def test_zeros_huge_numbers_and_lonely_outliers(format: ActFormat, dtype: torch.
     target = random_target(format, 512, 16, dtype, "cuda")
     act = kernels.quantize_act(x, target)
     found = difference(act, quantize_act(x, target))
-    assert (found.steps, found.scales) == (0, 0.0), found
+    assert found.steps <= CODES_AT_TIES, found
+    assert found.fraction < 1e-3, found
+    assert found.scales < 2**-21 or (format == "nvfp4" and found.scales <= 2**-3), found
     assert found.low < RELATIVE[torch.float32]
     if format != "uint4":  # there the shift is what is left of a zero
         assert not dequantize(act)[0].any()
@@ -313,9 +332,9 @@ def test_wrong_calls_are_refused_before_anything_is_launched() -> None:
         with pytest.raises(ValueError, match=words):
             kernels.quantize_act(wrong, target)
     with pytest.raises(ValueError, match="arrange_target"):
-        kernels.quantize_act(x, replace(target, packed_down=None))
+        kernels.quantize_act(x, replace(target, factors=None))
     with pytest.raises(ValueError, match=r"contiguous on cuda:0, got \(128,\).*on cpu"):
-        kernels.quantize_act(x, replace(target, smooth_factor=target.smooth_factor.cpu()))
+        kernels.quantize_act(x, replace(target, inverse_smooth=target.smooth_factor.cpu()))
     with pytest.raises(ValueError, match=r"R a multiple of 16 up to 1024, got \(128, 24\)"):
         random_target("int4", 128, 24, torch.bfloat16, "cuda")
     assert kernels.quantize_act(x[:0], target).codes.shape == (0, 64)
@@ -326,3 +345,8 @@ def test_every_card_quantizes_for_the_fallback(arch: str) -> None:
     sources = {variant.source for variant in kernels.variants(arch)}
     assert "quantize_act.w4a16" in sources
     assert ("quantize_act.w4a4" in sources) == (arch in ("75", "80", "86", "87", "89", "90a"))
+
+
+@pytest.mark.parametrize(("m", "tiles"), [(1, 1), (512, 1), (1056, 1), (4096, 4), (4608, 5), (4613, 5), (9216, 5)])
+def test_blocks_own_as_many_rows_as_keep_132_sms_busy(m: int, tiles: int) -> None:
+    assert best_tiles(m, 132, (1, 4, 5)) == tiles
