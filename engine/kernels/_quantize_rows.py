@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from engine.reference.quantize_act import (
     INT4_GROUP,
     K_STEP,
     NVFP4_GROUP,
+    RANK_SLICE,
     ActFormat,
     ActTarget,
     QuantizedAct,
@@ -63,6 +64,21 @@ def variants(operation: str, arch: str) -> list[Variant]:
     ]
 
 
+@dataclass(frozen=True, eq=False)
+class ArrangedTarget(ActTarget):
+    """A target for kernels: with proj_down in the orders that they read."""
+
+    factors: Tensor | None = None  # (R/16, K/32, 2, 32, 8) h: A fragments of mma, 16 bytes a lane
+
+    @cached_property
+    def packed_down(self) -> Tensor:
+        """(R/16, K/32, 2, 32, 8) h: B fragments, for the GELU epilogue of a GEMM; made when first asked for."""
+        k, rank = self.proj_down.shape
+        # 16 ranks, tile of 8, rank, 32 channels, lane of a quad, channel
+        factors = self.proj_down.T.reshape(rank // RANK_SLICE, 2, 8, k // 32, 4, 8)
+        return factors.permute(0, 3, 1, 2, 4, 5).reshape(rank // RANK_SLICE, k // 32, 2, 32, 8).contiguous()
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """How a shape is launched on one card. Warps, and with them the order of sums, depend on K alone."""
@@ -99,6 +115,7 @@ def best_tiles(m: int, num_sms: int, counts: tuple[int, ...]) -> int:
 def quantize_rows(operation: str, x: Tensor, modulation: tuple[Tensor, ...], target: ActTarget) -> QuantizedAct:
     """x: (M, K) h on a card; modulation: shift and scale, (K,) h each, or nothing; target: arranged."""
     m, k = _check(operation, x, modulation, target)
+    assert isinstance(target, ArrangedTarget)
     codes, scales = _empty_codes(target.format, m, k, x)
     low = torch.empty(m, target.rank, dtype=torch.float32, device=x.device) if target.rank else None
     if m:
@@ -141,7 +158,7 @@ def _check(operation: str, x: Tensor, modulation: tuple[Tensor, ...], target: Ac
             raise ValueError(
                 f"{operation}: shift and scale must be ({k},) {x.dtype}, got {tuple(tensor.shape)} {tensor.dtype}"
             )
-    if target.inverse_smooth is None or target.factors is None:
+    if not isinstance(target, ArrangedTarget) or target.inverse_smooth is None or target.factors is None:
         raise ValueError(
             f"{operation}: the target of {k} channels and rank {target.rank} was not arranged: arrange_target"
         )

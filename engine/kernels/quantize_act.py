@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 
 from engine.jit import Variant
 from engine.kernels import _quantize_rows
+from engine.kernels._quantize_rows import ArrangedTarget
 from engine.reference import quantize_act as reference
 from engine.reference.quantize_act import RANK_SLICE, ActTarget, QuantizedAct
 
 
-def arrange_target(target: ActTarget) -> ActTarget:
-    """The same target with the copies that kernels read; once, when a model is loaded or its LoRAs change."""
+def arrange_target(target: ActTarget) -> ArrangedTarget:
+    """The same target for kernels to read; once, when a model is loaded or its LoRAs change."""
     k, rank = target.proj_down.shape
-    slices = rank // RANK_SLICE
-    # 16 ranks, tile of 8, rank, 32 channels, lane of a quad, channel -> B fragments of mma, 16 bytes a lane
-    columns = target.proj_down.T.reshape(slices, 2, 8, k // 32, 4, 8).permute(0, 3, 1, 2, 4, 5)
-    # 16 ranks, half of 8, rank, 32 channels, lane of a quad, mma, k or k + 8, channel -> A fragments
-    rows = target.proj_down.T.reshape(slices, 2, 8, k // 32, 4, 2, 2, 2).permute(0, 3, 5, 2, 4, 6, 1, 7)
-    return replace(
-        target,
+    # 16 ranks, half of 8, rank, 32 channels, lane of a quad, mma, k or k + 8, channel -> A fragments of mma
+    rows = target.proj_down.T.reshape(rank // RANK_SLICE, 2, 8, k // 32, 4, 2, 2, 2).permute(0, 3, 5, 2, 4, 6, 1, 7)
+    return ArrangedTarget(
+        format=target.format,
+        smooth_factor=target.smooth_factor,
+        proj_down=target.proj_down,
+        rank_scales=target.rank_scales,
+        shift=target.shift,
         inverse_smooth=1 / target.smooth_factor,
-        packed_down=columns.reshape(slices, k // 32, 2, 32, 8).contiguous(),
-        factors=rows.reshape(slices, k // 32, 2, 32, 8).contiguous(),
+        factors=rows.reshape(rank // RANK_SLICE, k // 32, 2, 32, 8).contiguous(),
     )
 
 

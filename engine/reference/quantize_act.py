@@ -31,8 +31,7 @@ class ActTarget:
 
     K channels, R rank (a multiple of 16, 0..1024), h the network's 16-bit type (fp32 on a CPU). Linears that share
     one input and one smooth_factor share one target, their factors side by side along R.
-    The last three are the kernels' own copies of these numbers: `arrange_target` of engine/kernels/quantize_act.py
-    makes them, the reference ignores them.
+    On a card it is an `ArrangedTarget`, which adds the same numbers in the orders that kernels read.
     Raises ValueError when shapes or dtypes do not fit together.
     """
 
@@ -41,9 +40,7 @@ class ActTarget:
     proj_down: Tensor  # (K, R) h; sees x itself, neither shifted nor smoothed
     rank_scales: Tensor  # (R/16,) fp32; kernels leave the columns of `low` whose scale is 0 as they find them
     shift: float = 0.0  # added before smoothing; 11/64 behind a GELU for "uint4", else 0
-    inverse_smooth: Tensor | None = None  # (K,) fp32: 1 / smooth_factor
-    packed_down: Tensor | None = None  # (R/16, K/32, 2, 32, 8) h: proj_down as the GELU epilogue of a GEMM reads it
-    factors: Tensor | None = None  # (R/16, K/32, 2, 32, 8) h: proj_down as the kernels that quantize read it
+    inverse_smooth: Tensor | None = None  # (K,) fp32: 1 / smooth_factor, of an ArrangedTarget
 
     def __post_init__(self) -> None:
         if self.format not in get_args(ActFormat):
@@ -81,6 +78,10 @@ class ActTarget:
     @property
     def rank(self) -> int:
         return self.proj_down.shape[1]
+
+    @property
+    def packed_down(self) -> Tensor | None:
+        return None
 
 
 @dataclass(frozen=True, eq=False)

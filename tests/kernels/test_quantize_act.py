@@ -78,7 +78,7 @@ def target_for(format: ActFormat, smooth_factor: Tensor, proj_down: Tensor) -> A
         format=format,
         smooth_factor=smooth_factor.float(),
         proj_down=proj_down,
-        rank_scales=torch.ones(proj_down.shape[1] // 16),
+        rank_scales=torch.ones(proj_down.shape[1] // 16, device=proj_down.device),
         shift=GELU_SHIFT if format == "uint4" else 0.0,
     )
 
@@ -332,7 +332,7 @@ def test_wrong_calls_are_refused_before_anything_is_launched() -> None:
         with pytest.raises(ValueError, match=words):
             kernels.quantize_act(wrong, target)
     with pytest.raises(ValueError, match="arrange_target"):
-        kernels.quantize_act(x, replace(target, factors=None))
+        kernels.quantize_act(x, target_for("int4", torch.ones(128, device="cuda"), target.proj_down))
     with pytest.raises(ValueError, match=r"contiguous on cuda:0, got \(128,\).*on cpu"):
         kernels.quantize_act(x, replace(target, inverse_smooth=target.smooth_factor.cpu()))
     with pytest.raises(ValueError, match=r"R a multiple of 16 up to 1024, got \(128, 24\)"):
