@@ -79,10 +79,10 @@ def _kept() -> Iterator[None]:
             entry.unlink(missing_ok=True)
 
 
-def test_a_family_launches_the_same() -> None:
+def test_the_first_of_a_family_launches_whatever_the_others_do() -> None:
     assert [arch for family in FAMILIES for arch in family] == list(ARCHITECTURES)
     for first, *others in FAMILIES:
-        assert all(launched(arch) == launched(first) for arch in others)
+        assert all(set(launched(arch)) <= set(launched(first)) for arch in others)
 
 
 def test_every_source_is_launched_somewhere() -> None:
