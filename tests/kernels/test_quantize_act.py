@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.jit import ARCHITECTURES
+from engine.jit import ARCHITECTURES, current_arch, load
 from engine.kernels import quantize_act as kernels
 from engine.kernels._quantize_rows import best_tiles
 from engine.reference.e2m1 import decode_e2m1
@@ -202,6 +202,13 @@ SHAPES = [
     (1, 3072), (7, 512), (256, 512), (256, 2048), (4096, 3072), (4608, 3072), (4613, 3072), (4608, 12288),
     (7, 15360), (33, 64), (40, 1088),
 ]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    """All at once, on several threads, before the first test that launches one."""
+    if torch.cuda.is_available():
+        load(kernels.variants(current_arch()))
 
 
 @pytest.mark.gpu

@@ -1,9 +1,9 @@
 """quantize_act and modulate_quantize beside a copy: python -m tests.measure.quantize_speed [PLAN ...]
 
 Prints a markdown table for this card: median microseconds of a launch inside a CUDA graph, by CUDA events; every
-launch has buffers of its own, at least 256 MB of them in turn. "copy" moves as many bytes as the kernel reads and
-writes, measured in the same run. "unfused" is the kernel at rank 0 and torch's matmul for the low-rank product.
-PLAN: w4a4, w4a8, nvfp4, w4a16; without one, all that the card's architecture has.
+launch has buffers of its own, 256 MB of them in turn, or 200 where they are small. "copy" moves as many bytes as
+the kernel reads and writes, measured in the same run. "unfused" is the kernel at rank 0 and torch's matmul for the
+low-rank product. PLAN: w4a4, w4a8, nvfp4, w4a16; without one, all that the card's architecture has.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from engine.kernels.quantize_act import arrange_target, quantize_act
 from engine.reference.quantize_act import ActFormat, ActTarget, QuantizedAct
 
 ROTATED_BYTES = 256 * 2**20
+MOST_LAUNCHES = 200  # of one graph
 REPEATS = 15
 SHAPES = ((4608, 3072), (4608, 12288), (256, 3072), (1, 3072), (256, 512), (256, 2048))
 RANK = 32
@@ -51,8 +52,12 @@ def bytes_of(x: Tensor, act: QuantizedAct) -> int:
     return sum(tensor.nbytes for tensor in (x, act.codes, act.scales, act.low) if tensor is not None)
 
 
+def launches_for(total: int) -> int:
+    return min(MOST_LAUNCHES, ROTATED_BYTES // total + 2)
+
+
 def copy_us(total: int) -> float:
-    launches = ROTATED_BYTES // total + 2
+    launches = launches_for(total)
     buffers = [torch.zeros(2, total // 2, dtype=torch.uint8, device="cuda") for _ in range(launches)]
     return median_us(lambda i: buffers[i][1].copy_(buffers[i][0]), launches)
 
@@ -80,7 +85,7 @@ def row(operation: str, format: ActFormat, m: int, k: int) -> str:
 
     x = torch.randn(m, k, device="cuda").bfloat16()
     total = bytes_of(x, one(x, ranked))
-    launches = ROTATED_BYTES // total + 2
+    launches = launches_for(total)
     inputs = [x.clone() for _ in range(launches)]
     copied = copy_us(total)
     at_rank_0 = median_us(lambda i: one(inputs[i], plain), launches)
