@@ -10,13 +10,13 @@ from torch import Tensor
 
 from engine.jit import Variant, arch_of, launch
 from engine.reference.quantize_act import (
-    INT4_GROUP,
     K_STEP,
-    NVFP4_GROUP,
+    NIBBLE_FORMATS,
     RANK_SLICE,
     ActFormat,
     ActTarget,
     QuantizedAct,
+    scales_layout,
 )
 
 TILE = 8  # rows; a block owns one or several tiles
@@ -116,7 +116,7 @@ def quantize_rows(operation: str, x: Tensor, modulation: tuple[Tensor, ...], tar
     """x: (M, K) h on a card; modulation: shift and scale, (K,) h each, or nothing; target: arranged."""
     m, k = _check(operation, x, modulation, target)
     assert isinstance(target, ArrangedTarget)
-    codes, scales = _empty_codes(target.format, m, k, x)
+    codes, scales = empty_codes(target.format, m, k, x.dtype, x.device)
     low = torch.empty(m, target.rank, dtype=torch.float32, device=x.device) if target.rank else None
     if m:
         how = launch_for(operation, target.format, x.dtype, m, k, x.get_device())
@@ -129,20 +129,14 @@ def quantize_rows(operation: str, x: Tensor, modulation: tuple[Tensor, ...], tar
     return QuantizedAct(target.format, codes, scales, low)
 
 
-def _empty_codes(format: ActFormat, m: int, k: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    device = x.device
-    match format:
-        case "int4" | "uint4":
-            scales = torch.empty(k // INT4_GROUP, m, dtype=torch.float32, device=device)
-            return torch.empty(m, k // 2, dtype=torch.uint8, device=device), scales
-        case "nvfp4":
-            scales = torch.empty(m, k // NVFP4_GROUP, dtype=torch.uint8, device=device)
-            return torch.empty(m, k // 2, dtype=torch.uint8, device=device), scales
-        case "e4m3":
-            scales = torch.empty(m, dtype=torch.float32, device=device)
-            return torch.empty(m, k, dtype=torch.uint8, device=device), scales
-        case "half":
-            return torch.empty_like(x), None
+def empty_codes(
+    format: ActFormat, m: int, k: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Codes and scales for a kernel to fill, as `QuantizedAct` lays them out; dtype: h, of the format "half"."""
+    width = k // 2 if format in NIBBLE_FORMATS else k
+    codes = torch.empty(m, width, dtype=dtype if format == "half" else torch.uint8, device=device)
+    layout = scales_layout(format, m, k)
+    return codes, None if layout is None else torch.empty(layout[0], dtype=layout[1], device=device)
 
 
 def _check(operation: str, x: Tensor, modulation: tuple[Tensor, ...], target: ActTarget) -> tuple[int, int]:

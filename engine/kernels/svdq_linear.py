@@ -10,8 +10,9 @@ from torch import Tensor
 
 from engine.jit import ARCHITECTURES, Strided, Variant, launch
 from engine.kernels import _arrange, _arrange_nvfp4, _arrange_w4a8
+from engine.kernels._quantize_rows import empty_codes
 from engine.reference import svdq_linear as reference
-from engine.reference.quantize_act import NIBBLE_FORMATS, RANK_SLICE, ActFormat, ActTarget, QuantizedAct
+from engine.reference.quantize_act import RANK_SLICE, ActFormat, QuantizedAct
 from engine.reference.svdq_linear import (
     Epilogue,
     GateResidual,
@@ -378,7 +379,7 @@ def _finish_quantized(
         )
     if target.proj_down.dtype != linear.dtype:
         raise ValueError(f"svdq_linear: the next proj_down must be {linear.dtype}, got {target.proj_down.dtype}")
-    codes, scales = _empty_codes(target, m, linear.dtype, device)
+    codes, scales = empty_codes(target.format, m, n, linear.dtype, device)
     low = torch.zeros(m, target.rank, dtype=torch.int64, device=device) if target.rank else None
     row_scales = act.scales if act.format == "e4m3" and target.format == "e4m3" else None
     arguments = (
@@ -396,16 +397,3 @@ def _finish_quantized(
         float(epilogue.row_offset),
     )
     return QuantizedAct(target.format, codes, scales, low), arguments
-
-
-def _empty_codes(
-    target: ActTarget, m: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    n, format = target.in_features, target.format
-    if format == "half":
-        return torch.empty(m, n, dtype=dtype, device=device), None
-    codes = torch.empty(m, n // 2 if format in NIBBLE_FORMATS else n, dtype=torch.uint8, device=device)
-    if format == "nvfp4":
-        return codes, torch.empty(m, n // 16, dtype=torch.uint8, device=device)
-    shape = (m,) if format == "e4m3" else (n // 64, m)
-    return codes, torch.empty(shape, dtype=torch.float32, device=device)

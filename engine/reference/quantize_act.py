@@ -117,7 +117,7 @@ class QuantizedAct:
             raise ValueError(
                 f'QuantizedAct: "{self.format}" has no codes {tuple(self.codes.shape)} {self.codes.dtype}'
             )
-        expected = _scales_layout(self.format, self.num_tokens, self.in_features)
+        expected = scales_layout(self.format, self.num_tokens, self.in_features)
         found = None if self.scales is None else (tuple(self.scales.shape), self.scales.dtype)
         if found != expected:
             raise ValueError(
@@ -146,7 +146,8 @@ class QuantizedAct:
 NIBBLE_FORMATS: tuple[ActFormat, ...] = ("int4", "uint4", "nvfp4")
 
 
-def _scales_layout(format: ActFormat, m: int, k: int) -> tuple[tuple[int, ...], torch.dtype] | None:
+def scales_layout(format: ActFormat, m: int, k: int) -> tuple[tuple[int, ...], torch.dtype] | None:
+    """Shape and type of a format's scales for (m, k) codes; None for the one without."""
     match format:
         case "int4" | "uint4":
             return (k // INT4_GROUP, m), torch.float32
