@@ -6,11 +6,12 @@
 //              codes   (2, 8, 32, 4) words: group of 64 k, warp, lane, {rows g and g + 8 at k 0..31, then at k 32..63}
 //              scales  (2, 64, 2): group, row, the row and the one 8 below
 //   outer    (N to 128)      fp32   wtscale x wcscales and what e4m3.cuh asks for, per out channel
-// Work:   a block makes tiles of 128 tokens x 128 channels, one after the other. Four warps bring activations (cp.async, zeros
-//         below the last token) and weights (bulk copies) through a ring of stages of 128 in-channels. Two warpgroups have 64
-//         channels each, as rows of A in registers: a group scale is then one number for a row of sums, and unpacked codes
-//         never touch shared memory, whose bandwidth would be spent twice. A group's sums run in wgmma while those of the
-//         group before are scaled. In the end the tile is turned through shared memory: 16 tokens x 128 channels a warp.
+// Work:   a block makes tiles of 128 tokens x 128 channels, one after the other. Four warps bring activations (cp.async,
+//         zeros below the last token) and weights (bulk copies) through a ring of stages of 128 in-channels. Two
+//         warpgroups have 64 channels each, as rows of A in registers: a group scale is then one number for a row of
+//         sums, and unpacked codes never touch shared memory, whose bandwidth would be spent twice. The two take turns:
+//         while one's sums run in wgmma the other scales its own into the accumulators. In the end the tile is turned
+//         through shared memory: 16 tokens x 128 channels a warp.
 // Launch: grid up to one block per SM, block 384, shared memory sizeof(Shared).
 // Limits: 168 registers (232 and 40 once the warps have shared them), 219232 bytes of shared memory
 // Bound:  wgmma e4m3; the scaling is 64 FMAs a warp for two wgmmas.
@@ -23,7 +24,6 @@
 constexpr int TILE = 128;      // tokens, and channels
 constexpr int STEP = 128;      // in-channels of a stage: two groups
 constexpr int STAGES = 6;
-constexpr int LAG = 3;         // stages that are on their way before the first is handed over; at most STAGES - 2
 constexpr int CODE_BYTES = TILE * GROUP / 2;
 constexpr int RECORD_BYTES = 2 * CODE_BYTES + 2 * TILE * SCALE_BYTES;
 constexpr int LOADERS = 128;   // threads that load, behind those that compute
@@ -36,14 +36,28 @@ struct Shared {
   u64 full[STAGES], empty[STAGES];
 };
 
-// A token's channels lie in eights that are exchanged by token: neither the writes along channels nor the reads along tokens
-// meet in a bank.
+// A token's channels lie in eights that are exchanged by token: neither the writes along channels nor the reads along
+// tokens meet in a bank.
 __device__ __forceinline__ int turned_column(int token, int column) {
   return column ^ (((token & 3) ^ ((token >> 2) & 1)) << 3);
 }
 
 // Stages that a tile takes: two for every 256 in-channels begun.
 __device__ __forceinline__ int padded_steps(int k) { return (k + 2 * STEP - 1) / (2 * STEP) * 2; }
+
+// Twelve rows of tiles at a time, column after column: the blocks that run together share few tokens and few channels.
+struct Tiles {
+  static constexpr int TOGETHER = 12;
+  int rows, columns;
+
+  __device__ __forceinline__ Tiles(int m, int n) : rows((m + TILE - 1) / TILE), columns((n + TILE - 1) / TILE) {}
+  __device__ __forceinline__ int count() const { return rows * columns; }
+  __device__ __forceinline__ int2 corner(int tile) const {  // first token, first channel
+    const int band = tile / (TOGETHER * columns), inside = tile % (TOGETHER * columns);
+    const int high = min(TOGETHER, rows - band * TOGETHER);
+    return make_int2((band * TOGETHER + inside % high) * TILE, inside / high * TILE);
+  }
+};
 
 struct Ring {
   int stage = 0;
@@ -54,17 +68,18 @@ struct Ring {
 };
 
 __device__ __forceinline__ void load_tiles(Shared& shared, const u8* act, const u8* weights, int m, int n, int k) {
-  const int thread = threadIdx.x - WORKERS, warp_leader = (thread & 31) == 0;
+  const int thread = threadIdx.x - WORKERS;
   const int chunk = thread & 7, row = thread >> 3;  // 16 bytes of k; rows 16 apart
-  const int steps = padded_steps(k), columns = (n + TILE - 1) / TILE, tiles = columns * ((m + TILE - 1) / TILE);
   const int place = row * STEP + ((chunk ^ (row & 7)) << 4);
-  Ring ring, loaded;
-  int waiting = 0;
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const int row0 = tile / columns * TILE + row;
+  const Tiles tiles(m, n);
+  const int steps = padded_steps(k);
+  Ring ring;
+  for (int tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
+    const int2 corner = tiles.corner(tile);
+    const int row0 = corner.x + row;
     const u8* from = act + size_t(row0) * k + 16 * chunk;
-    const u8* record = weights + size_t(tile % columns) * steps * RECORD_BYTES;
-    for (int step = 0; step < steps; ++step) {
+    const u8* record = weights + size_t(corner.y / TILE) * steps * RECORD_BYTES;
+    for (int step = 0; step < steps; ++step, ring.next()) {
       barrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
       if (thread == 0) {
         barrier_expect(&shared.full[ring.stage], RECORD_BYTES);
@@ -78,60 +93,30 @@ __device__ __forceinline__ void load_tiles(Shared& shared, const u8* act, const 
         cp_async16(&shared.activations[ring.stage][place + 16 * i * STEP],
                    valid ? from + size_t(16 * i) * k + step * STEP : act, valid);
       }
-      cp_async_commit();
-      ring.next();
-      if (waiting < LAG) {
-        ++waiting;
-        continue;
-      }
-      cp_async_wait<LAG>();
-      fence_async_proxy();
-      __syncwarp();
-      if (warp_leader) barrier_arrive(&shared.full[loaded.stage]);
-      loaded.next();
+      barrier_arrive_after_copies(&shared.full[ring.stage]);
     }
   }
+  cp_async_commit();
   cp_async_wait<0>();
-  fence_async_proxy();
-  __syncwarp();
-  for (; waiting > 0; --waiting, loaded.next())
-    if (warp_leader) barrier_arrive(&shared.full[loaded.stage]);
 }
 
-// A stage as the warpgroups see it; i: which of its two groups.
-struct Stage {
-  const u8* record;
-  u64 activations;
-  u64 *full, *empty;
-  u32 parity;
+// What a lane multiplies in one group of 64 in-channels: A of two wgmmas, the scales of rows g and g + 8.
+struct Fragments {
+  u32 a[2][4];
+  float2 scale;
 
-  __device__ __forceinline__ Stage(Shared& shared, Ring& ring)
-      : record(shared.weights[ring.stage]),
-        activations(describe_rows_of_128_bytes(shared.activations[ring.stage])),
-        full(&shared.full[ring.stage]),
-        empty(&shared.empty[ring.stage]),
-        parity(ring.parity) {
-    ring.next();
+  __device__ __forceinline__ Fragments(const u8* record, int group) {
+    const uint4 w = *reinterpret_cast<const uint4*>(record + group * CODE_BYTES + threadIdx.x * 16);
+    a[0][0] = first_four(w.x), a[0][1] = first_four(w.y), a[0][2] = second_four(w.x), a[0][3] = second_four(w.y);
+    a[1][0] = first_four(w.z), a[1][1] = first_four(w.w), a[1][2] = second_four(w.z), a[1][3] = second_four(w.w);
+    scale = scale_pair(record + 2 * CODE_BYTES + (group * TILE + threadIdx.x / 4 * 2) * SCALE_BYTES);
   }
 
   // sums = codes of 64 channels x 128 tokens, running on.
-  __device__ __forceinline__ void start(float (&sums)[16][4], int i) const {
-    const uint4 words = *reinterpret_cast<const uint4*>(record + i * CODE_BYTES + threadIdx.x * 16);
-    const u32 first[4] = {first_four(words.x), first_four(words.y), second_four(words.x), second_four(words.y)};
-    const u32 second[4] = {first_four(words.z), first_four(words.w), second_four(words.z), second_four(words.w)};
-    wgmma_fence();
-    wgmma_e4m3<false>(sums, first, activations + 4 * i);
-    wgmma_e4m3<true>(sums, second, activations + 4 * i + 2);
+  __device__ __forceinline__ void start(float (&sums)[16][4], u64 activations) const {
+    wgmma_e4m3<false>(sums, a[0], activations);
+    wgmma_e4m3<true>(sums, a[1], activations + 2);
     wgmma_commit();
-  }
-
-  // Of rows g and g + 8.
-  __device__ __forceinline__ float2 scales(int i) const {
-    return scale_pair(record + 2 * CODE_BYTES + (i * TILE + threadIdx.x / 4 * 2) * SCALE_BYTES);
-  }
-
-  __device__ __forceinline__ void give_back() const {
-    if ((threadIdx.x & 31) == 0) barrier_arrive(empty);
   }
 };
 
@@ -145,38 +130,36 @@ __device__ __forceinline__ void add_scaled(float (&acc)[16][4], const float (&su
   }
 }
 
-// One group's sums run in wgmma while those of the group before are scaled. Nothing runs on from one round of the loop into the
-// next: ptxas would then wait after every wgmma.
+// The warpgroups' turns in wgmma: named barriers FIRST_TURN and, of the second warpgroup, the one behind it.
+constexpr int FIRST_TURN = 2;
+
 __device__ __forceinline__ void multiply(float (&acc)[16][4], Shared& shared, Ring& ring, int steps) {
+  const int turn = FIRST_TURN + threadIdx.x / 128, next_turn = 2 * FIRST_TURN + 1 - turn;
   float even[16][4] = {}, odd[16][4] = {};
-  for (int step = 0; step < steps; step += 2) {
-    const Stage first(shared, ring), second(shared, ring);
-    barrier_wait(first.full, first.parity);
-    first.start(even, 0);
-    first.start(odd, 1);
+  for (int step = 0; step < steps; ++step, ring.next()) {
+    barrier_wait(&shared.full[ring.stage], ring.parity);
+    fence_async_proxy();  // wgmma reads what cp.async wrote
+    const Fragments first(shared.weights[ring.stage], 0), second(shared.weights[ring.stage], 1);
+    const u64 activations = describe_rows_of_128_bytes(shared.activations[ring.stage]);
+    named_barrier(turn, WORKERS);
+    wgmma_fence();
+    first.start(even, activations);
+    second.start(odd, activations + 4);
+    named_barrier_arrive(next_turn, WORKERS);
     wgmma_wait<1>(even);
-    add_scaled(acc, even, first.scales(0));
-    barrier_wait(second.full, second.parity);
-    second.start(even, 0);
-    const float2 first_odd = first.scales(1), second_odd = second.scales(1);
-    wgmma_wait<1>(odd);
-    first.give_back();
-    add_scaled(acc, odd, first_odd);
-    second.start(odd, 1);
-    wgmma_wait<1>(even);
-    add_scaled(acc, even, second.scales(0));
+    add_scaled(acc, even, first.scale);
     wgmma_wait<0>(odd);
-    second.give_back();
-    add_scaled(acc, odd, second_odd);
+    if (lane_id() == 0) barrier_arrive(&shared.empty[ring.stage]);
+    add_scaled(acc, odd, second.scale);
   }
 }
 
-// acc: [channel][token] as wgmma leaves it -> [token][channel] as finish_rows wants it, each channel times its outer scale.
+// acc: [channel][token] as wgmma leaves it -> [token][channel] as finish_rows wants it, times the channels' outer scales.
 __device__ __forceinline__ void turn(float (&acc)[16][4], Shared& shared, const float* outer) {
   const int warp = threadIdx.x / 32, g = lane_id() / 4, q = lane_id() & 3;
   const int channel = 16 * warp + g;
   const float outer_g = outer[channel], outer_g8 = outer[channel + 8];
-  named_barrier<1>(WORKERS);  // the tile before has been read
+  named_barrier(1, WORKERS);  // the tile before has been read
 #pragma unroll
   for (int j = 0; j < 16; ++j)
 #pragma unroll
@@ -185,7 +168,7 @@ __device__ __forceinline__ void turn(float (&acc)[16][4], Shared& shared, const 
       shared.turned[token][turned_column(token, channel)] = acc[j][i] * outer_g;
       shared.turned[token][turned_column(token, channel + 8)] = acc[j][i + 2] * outer_g8;
     }
-  named_barrier<1>(WORKERS);
+  named_barrier(1, WORKERS);
   const float(*tokens)[TILE] = &shared.turned[16 * warp + g];
 #pragma unroll
   for (int j = 0; j < 16; ++j) {
@@ -198,12 +181,14 @@ __device__ __forceinline__ void turn(float (&acc)[16][4], Shared& shared, const 
 
 __device__ __forceinline__ void compute_tiles(Shared& shared, const float* ascales, const float* outer, int k,
                                               const Epilogue& e) {
-  const int steps = padded_steps(k), columns = (e.n + TILE - 1) / TILE, tiles = columns * ((e.m + TILE - 1) / TILE);
+  const Tiles tiles(e.m, e.n);
   Ring ring;
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const int row0 = tile / columns * TILE + threadIdx.x / 32 * 16, col0 = tile % columns * TILE;
+  if (threadIdx.x >= 128) named_barrier_arrive(FIRST_TURN, WORKERS);  // the first warpgroup begins
+  for (int tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
+    const int2 corner = tiles.corner(tile);
+    const int row0 = corner.x + threadIdx.x / 32 * 16, col0 = corner.y;
     float acc[16][4] = {};
-    multiply(acc, shared, ring, steps);
+    multiply(acc, shared, ring, padded_steps(k));
     turn(acc, shared, outer + col0);
     const int row = row0 + lane_id() / 4;
     const float above = ascales[min(row, e.m - 1)], below = ascales[min(row + 8, e.m - 1)];
@@ -219,7 +204,7 @@ extern "C" __global__ __launch_bounds__(WORKERS + LOADERS, 1) void svdq_linear(
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
-      barrier_init(&shared.full[i], LOADERS / 32 + 1);
+      barrier_init(&shared.full[i], LOADERS + 1);
       barrier_init(&shared.empty[i], WORKERS / 32);
     }
     barrier_init_fence();

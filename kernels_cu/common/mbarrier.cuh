@@ -1,7 +1,8 @@
 // sm_90: barriers in shared memory, the bulk copy engine, registers handed from one warpgroup to another.
 //
-// The copy engine and wgmma see shared memory through the asynchronous proxy: what ordinary stores or cp.async wrote becomes
-// visible to them by fence_async_proxy() between the write and the arrival on the barrier that they wait for.
+// The copy engine and wgmma see shared memory through the asynchronous proxy: what ordinary stores or cp.async wrote
+// becomes visible to them by fence_async_proxy() somewhere between the write and them: by who wrote, or by who waited.
+// It waits for the thread's own memory accesses: cp.async that are on their way do better without one behind them.
 #pragma once
 
 #include "common/cp_async.cuh"
@@ -13,10 +14,17 @@ __device__ __forceinline__ void barrier_init(u64* barrier, int arrivals) {
 }
 
 // Makes the initialized barriers visible to the copy engine.
-__device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 
 __device__ __forceinline__ void barrier_arrive(u64* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives once this thread's cp.async so far have written; counted as one of the barrier's arrivals.
+__device__ __forceinline__ void barrier_arrive_after_copies(u64* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
 // Arrives, and lets the phase last until that many bytes have come.
@@ -47,10 +55,13 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, int 
 
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// A barrier of `threads` threads of the block; 0 is __syncthreads.
-template <int NAME>
-__device__ __forceinline__ void named_barrier(int threads) {
-  asm volatile("bar.sync %0, %1;" ::"n"(NAME), "r"(threads) : "memory");
+// Barrier `name` of the block for `threads` threads that arrive or wait; 0 is __syncthreads.
+__device__ __forceinline__ void named_barrier(int name, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void named_barrier_arrive(int name, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
 template <int COUNT>
