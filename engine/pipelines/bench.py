@@ -1,7 +1,7 @@
-"""How fast this machine's card runs: each kernel beside torch's 16-bit linear, and a whole denoising step.
+"""How fast this machine's card runs: each kernel beside torch's 16-bit one, and a whole denoising step.
 
-Medians of CUDA events, in microseconds. Inputs take turns over more memory than a card's cache holds, as they do in
-a network. Random weights; nothing is loaded from files.
+Medians of CUDA events, in microseconds. Inputs and weights take turns over more memory than a card's cache holds,
+as they do in a network. Random weights; nothing is loaded from files.
 """
 
 from __future__ import annotations
@@ -10,20 +10,22 @@ import contextlib
 import gc
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from statistics import median
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine import folders, jit
-from engine.device import Device, best_plan
+from engine.device import Device, best_plan, has_kernels
+from engine.kernels.attention_fp16 import attention_fp16
+from engine.kernels.linear_w4a16 import ArrangedW4A16, arrange, linear_w4a16
 from engine.kernels.modulate_quantize import modulate_quantize
 from engine.kernels.quantize_act import quantize_act
 from engine.kernels.svdq_linear import svdq_linear
-from engine.layers.attention_backend import Backend, attend
+from engine.layers.attention_backend import Backend, attend_by
 from engine.layers.attention_choice import choose
 from engine.layers.fused_linear import HEAD_DIM, FusedLinear
 from engine.layers.held_bytes import held_bytes
@@ -34,7 +36,8 @@ from engine.models.random_flux import random_flux
 from engine.models.step_graph import EAGER_STEPS, StepGraphs
 from engine.pipelines.prepare_card import Report, prepare_kernels
 from engine.pipelines.text_to_image import Picture, step_inputs
-from engine.reference.quantize_act import QuantizedAct
+from engine.reference.linear_w4a16 import W4A16Weights
+from engine.reference.quantize_act import ActTarget, QuantizedAct
 from engine.reference.svdq_linear import Epilogue, GateResidual, GeluQuantize, Plain, QKNormRope
 from engine.requests import Shapes
 
@@ -43,6 +46,8 @@ STEP_ROUNDS = 5
 PAUSE_CYCLES = 500_000
 ROTATED_BYTES = 256 * 2**20
 CEILING_SIZE = 8192
+BLOCKS = 4  # whose weights take turns: FLUX.1's are 300 MB, Tonfa Mini's stay in the cache as in its network
+T5_GROUP = 128
 MINI = FluxConfig(
     num_layers=2, num_single_layers=6, num_attention_heads=4, joint_attention_dim=256, pooled_projection_dim=256
 )
@@ -50,11 +55,12 @@ MINI = FluxConfig(
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A network and a picture: what is measured."""
+    """A network, its T5 (joint_attention_dim wide, text_hidden in its MLP) and a picture: what is measured."""
 
     config: FluxConfig
     picture: Picture
     text_tokens: int
+    text_hidden: int
 
     @property
     def tokens(self) -> int:
@@ -63,10 +69,10 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class KernelTime:
-    """One operation at one shape. torch_us, fp8_us: torch's plain linear of that shape, where there is one.
+    """One operation at one shape. torch_us, fp8_us: torch's own at that shape, where it has one.
 
-    ceiling: the fraction of what the card reaches: of its copy bandwidth, or of its 16-bit matrix rate ("above 1":
-    the low-bit units are faster than those).
+    ceiling: the fraction of what the card reaches, of its copy bandwidth or of its 16-bit matrix rate, whichever
+    bounds such a product; above 1 where 8- or 4-bit units multiply faster than 16-bit ones can.
     """
 
     operation: str
@@ -99,7 +105,14 @@ class Ceilings:
 def workload(shapes: Shapes) -> Workload:
     side = 1024 if shapes == "flux" else 256
     picture = Picture("", "", side, side, steps=1, seed=0, guidance=3.5, cfg=1.0)
-    return Workload(FluxConfig(), picture, 512) if shapes == "flux" else Workload(MINI, picture, 32)
+    return Workload(FluxConfig(), picture, 512, 10240) if shapes == "flux" else Workload(MINI, picture, 32, 768)
+
+
+def measured_plans(arch: int) -> list[LayerPlan]:
+    """By which int4 linears are measured: the card's own plan, the fallback, and w4a8 where it can be chosen."""
+    own = best_plan(arch, "int4").plan
+    others: tuple[LayerPlan, ...] = ("w4a8", "w4a16")
+    return [own, *(plan for plan in others if plan != own and has_kernels(plan, "int4", arch))]
 
 
 def bench(device: Device, shapes: Shapes, with_step: bool, report: Report) -> dict[str, Any]:
@@ -110,7 +123,7 @@ def bench(device: Device, shapes: Shapes, with_step: bool, report: Report) -> di
     report("Measuring what the card reaches", 0.0)
     with torch.inference_mode():
         ceilings = measure_ceilings(torch.device(device.torch_name))
-        kernels = measure_kernels(job, plan, device, ceilings, report)
+        kernels = measure_kernels(job, measured_plans(device.arch), device, ceilings, report)
         steps: list[StepTime] = []
         if with_step:
             steps = measure_steps(job, plan, device, report) + measure_wide_step(job, device, report)
@@ -167,122 +180,208 @@ def measure_ceilings(device: torch.device) -> Ceilings:
 class Case:
     """One operation at one shape. run: takes a number, see `microseconds`.
 
-    num_bytes: read and written at least, of what moves bytes; product: (M, N, K) of what multiplies matrices.
+    num_bytes: read and written at least; product: (M, N, K) of what multiplies matrices. by_torch: torch's own of
+    what is no linear.
     """
 
     operation: str
     shape: str
+    plan: LayerPlan
     run: Callable[[int], object]
-    num_bytes: int = 0
+    num_bytes: int
     product: tuple[int, int, int] | None = None
     is_linear: bool = False
+    by_torch: Callable[[int], object] | None = None
+
+    def bound(self, us: float, ceilings: Ceilings) -> tuple[Literal["memory", "matrix"], float]:
+        """The ceiling it meets first, and how near it comes in `us` microseconds."""
+        m, n, k = self.product or (0, 0, 0)
+        memory = self.num_bytes / us * 1e6 / ceilings.copy_bytes_per_second
+        matrix = 2 * m * n * k / us * 1e6 / ceilings.matrix_flops
+        return ("memory", memory) if memory > matrix else ("matrix", matrix)
 
 
 def measure_kernels(
-    job: Workload, plan: LayerPlan, device: Device, ceilings: Ceilings, report: Report
+    job: Workload, plans: list[LayerPlan], device: Device, ceilings: Ceilings, report: Report
 ) -> list[KernelTime]:
-    """Every operation of a block at the picture's size. Compiles what is missing first."""
-    place, dtype = torch.device(device.torch_name), getattr(torch, device.dtype)
-    heads = job.config.num_attention_heads
-    backend = choose(heads, job.tokens, HEAD_DIM, dtype, place, folders.cache())
+    """Every row of the table. Compiles what is missing first."""
+    place, dtype, arch = torch.device(device.torch_name), getattr(torch, device.dtype), jit.current_arch()
+    backend = choose(job.config.num_attention_heads, job.tokens, HEAD_DIM, dtype, place, folders.cache())
+    make = partial(kernel_cases, job, plans, place, dtype, arch, backend)
     with jit.noted() as variants:
-        for case in kernel_cases(job, plan, place, dtype, backend):
+        for case in make():
             case.run(0)
-    for done, total in jit.prepare(variants, jit.current_arch()):
+    for done, total in jit.prepare(variants, arch):
         report(f"Preparing your graphics card, {done} of {total}", 0.0)
     jit.load(variants)
-    cases = kernel_cases(job, plan, place, dtype, backend)  # once more: nothing was computed before
+    cases = make()  # once more: nothing was computed before
+    linears_us = cache(partial(torch_linears_us, dtype=dtype, device=place))
     times = []
     for index, case in enumerate(cases):
         report(f"Measuring {case.operation}", (1 + index) / (2 + len(cases)))
         us = microseconds(case.run)
-        if case.product is None:
-            ceiling = case.num_bytes / us * 1e6 / ceilings.copy_bytes_per_second
-            times.append(KernelTime(case.operation, case.shape, plan, us, None, None, "memory", ceiling))
-            continue
-        m, n, k = case.product
-        ceiling = 2 * m * n * k / us * 1e6 / ceilings.matrix_flops
-        beside: tuple[float | None, float | None] = (None, None)
-        if case.is_linear:
-            beside = torch_linear_us(m, n, k, dtype, place), fp8_linear_us(m, n, k, dtype, place)
-        times.append(KernelTime(case.operation, case.shape, plan, us, *beside, "matrix", ceiling))
+        torch_us = fp8_us = None
+        if case.is_linear and case.product:
+            torch_us, fp8_us = linears_us(*case.product)
+        elif case.by_torch:
+            torch_us = microseconds(case.by_torch)
+        bound, ceiling = case.bound(us, ceilings)
+        times.append(KernelTime(case.operation, case.shape, case.plan, us, torch_us, fp8_us, bound, ceiling))
     return times
 
 
 def kernel_cases(
-    job: Workload, plan: LayerPlan, device: torch.device, dtype: torch.dtype, backend: Backend
+    job: Workload,
+    plans: list[LayerPlan],
+    device: torch.device,
+    dtype: torch.dtype,
+    arch: str | None,
+    backend: Backend,
 ) -> list[Case]:
-    """What one single block of the network launches."""
-    config = replace(job.config, num_layers=0, num_single_layers=1)
-    (block,) = random_flux(config, plan, device, dtype, jit.current_arch()).single_blocks
-    qkv, out, fc1, fc2 = (getattr(block, name) for name in ("qkv", "out", "fc1", "fc2"))
-    m, c, heads = job.tokens, config.hidden_size, config.num_attention_heads
+    """The rows of the table in their order: a block by each plan, then what is the same under all of them.
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=dtype)
+    arch: the card's ("90a"), None for the reference.
+    """
+    config = replace(job.config, num_layers=0, num_single_layers=BLOCKS)
+    tokens = cache(lambda width: in_turns(lambda: torch.randn(job.tokens, width, device=device, dtype=dtype)))
+    cases: list[Case] = []
+    for plan in plans:
+        blocks = random_flux(config, plan, device, dtype, arch).single_blocks
+        cases += block_cases(blocks, plan, tokens)
+    cases += attention_cases(config.num_attention_heads, plans[0], tokens(config.hidden_size)[0], backend)
+    cases.append(modulation_case(leaves(blocks, "modulation"), device, dtype))
+    return cases + text_cases(job, device, dtype, arch)
+
+
+def leaves(blocks: nn.ModuleList, name: str) -> list[Any]:
+    return [getattr(block, name) for block in blocks]
+
+
+def block_cases(blocks: nn.ModuleList, plan: LayerPlan, tokens: Callable[[int], list[Tensor]]) -> list[Case]:
+    """What a single block launches by a plan. tokens: its inputs by their width, taken in turns like the blocks."""
+    linears: list[list[FusedLinear]] = [leaves(blocks, name) for name in ("qkv", "out", "fc1", "fc2")]
+    qkv, out, fc1, fc2 = linears
+    c = qkv[0].in_features
+    stream, joint = tokens(c)[0].clone(), torch.cat([tokens(c)[0]] * 3, dim=1)
+    (m, _), shift = stream.shape, stream[0].clone()
+    angles, norm = stream.new_ones(m, HEAD_DIM // 2).float(), stream.new_ones(HEAD_DIM).float()
 
     def quantizing(
-        operation: str, name: str, linear: FusedLinear, quantize: Callable[[Tensor], QuantizedAct]
+        operation: str, name: str, target: ActTarget, quantize: Callable[[Tensor], QuantizedAct]
     ) -> Case:
-        inputs = in_turns(lambda: normal(m, linear.in_features))
-        made = quantize(inputs[0])
-        moved = sum(one.nbytes for one in (inputs[0], made.codes, made.scales, made.low) if one is not None)
-        shape = f"{name}, {m} x {linear.in_features}, rank {linear.target.rank}"
-        return Case(operation, shape, lambda index: quantize(inputs[index % len(inputs)]), moved)
+        inputs = tokens(len(target.smooth_factor))
+        moved = inputs[0].nbytes + num_bytes(quantize(inputs[0]))
+        shape = f"{name}, {m} x {inputs[0].shape[1]}, rank {target.rank}"
+        return Case(f"{operation}.{plan}", shape, plan, lambda i: quantize(inputs[i % len(inputs)]), moved)
 
-    def multiplying(name: str, what: str, linear: FusedLinear, end: Epilogue) -> Case:
-        n, k = linear.out_features, linear.in_features
-        act = linear.read(quantize_act(normal(m, k), linear.target))
-        shape = f"{name}, {m} x {k} -> {n}, rank {linear.rank}"
-        run = partial(svdq_linear, act, linear.layout.linear, end)
-        return Case(f"svdq_linear, {what}", shape, lambda _: run(), product=(m, n, k), is_linear=True)
+    def multiplying(what: str, name: str, linears: list[FusedLinear], end: Epilogue) -> Case:
+        one = linears[0]
+        n, k = one.out_features, one.in_features
+        act = one.read(quantize_act(tokens(k)[0], one.target))
 
-    shift, stream, joint = normal(c), normal(m, c), normal(m, 3 * c)
-    angles, norm = torch.ones(m, HEAD_DIM // 2, device=device), torch.ones(HEAD_DIM, device=device)
-    q, k, v = joint.view(1, m, 3, heads, HEAD_DIM).permute(2, 0, 3, 1, 4).unbind(0)
-    conditioning, modulation = normal(1, c), block.modulation
-    assert isinstance(modulation, BranchedLinear)
+        def run(index: int) -> Tensor | QuantizedAct:
+            return svdq_linear(act, linears[index % len(linears)].layout.linear, end)
+
+        written = num_bytes(run(0)) * (2 if isinstance(end, GateResidual) else 1)
+        moved = num_bytes(act) + one.layout.linear.num_bytes + written
+        shape = f"{name}, {m} x {k} -> {n}, rank {one.rank}"
+        return Case(f"svdq_linear.{plan}, {what}", shape, plan, run, moved, (m, n, k), is_linear=True)
+
+    both, of_out, of_fc2 = qkv[0].target, out[0].target, fc2[0].target
     return [
-        quantizing("quantize_act", "out", out, lambda x: quantize_act(x, out.target)),
-        quantizing("quantize_act", "fc2", fc2, lambda x: quantize_act(x, fc2.target)),
-        quantizing(
-            "modulate_quantize", "qkv and fc1", qkv, lambda x: modulate_quantize(x, shift, shift, qkv.target)
-        ),
-        multiplying("qkv", "plain", qkv, Plain(joint)),
-        multiplying("qkv", "q/k norm and RoPE", qkv, QKNormRope(norm, norm, angles, angles, joint)),
-        multiplying("out", "gate and residual", out, GateResidual(shift, stream, stream)),
-        multiplying("fc1", "GELU and quantize", fc1, GeluQuantize(fc2.target)),
-        multiplying("fc2", "gate and residual", fc2, GateResidual(shift, stream, stream)),
-        Case(
-            f"attention, {backend}",
-            f"{heads} heads x {m} x {HEAD_DIM}",
-            lambda _: attend(q, k, v),
-            product=(m, m, 2 * heads * HEAD_DIM),  # q k^T, and what it weighs v with
-        ),
-        Case(
-            "modulation_w4a16",
-            f"1 x {c} -> {modulation.out_features}",
-            lambda _: modulation(conditioning),
-            held_bytes(modulation),
-        ),
+        quantizing("quantize_act", "out", of_out, lambda x: quantize_act(x, of_out)),
+        quantizing("quantize_act", "fc2", of_fc2, lambda x: quantize_act(x, of_fc2)),
+        quantizing("modulate_quantize", "qkv, fc1", both, lambda x: modulate_quantize(x, shift, shift, both)),
+        multiplying("plain", "qkv", qkv, Plain(joint)),
+        multiplying("q/k norm and RoPE", "qkv", qkv, QKNormRope(norm, norm, angles, angles, joint)),
+        multiplying("gate and residual", "out", out, GateResidual(shift, stream, stream)),
+        multiplying("GELU and quantize", "fc1", fc1, GeluQuantize(of_fc2)),
+        multiplying("gate and residual", "fc2", fc2, GateResidual(shift, stream, stream)),
     ]
 
 
-def torch_linear_us(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> float:
-    """torch's own 16-bit linear with a bias."""
-    inputs = in_turns(lambda: torch.randn(m, k, device=device, dtype=dtype))
-    weight, bias = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((n, k), (n,)))
-    return microseconds(lambda index: F.linear(inputs[index % len(inputs)], weight, bias))
+def attention_cases(heads: int, plan: LayerPlan, x: Tensor, backend: Backend) -> list[Case]:
+    """The attention that was fastest on this card, then our own where that is another one. x: (M, C)."""
+    m, c = x.shape
+    shape, product = f"{heads} heads x {m} x {c // heads}", (m, m, 2 * c)  # q k^T, and what it weighs v with
+
+    def split(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Views as a fused projection leaves them."""
+        joint = torch.cat([x.to(dtype)] * 3, dim=1)
+        q, k, v = joint.view(1, m, 3, heads, c // heads).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def case(operation: str, qkv: tuple[Tensor, Tensor, Tensor], run: Callable[..., Tensor]) -> Case:
+        by_torch = partial(attend_by, "torch", *qkv)
+        moved = 4 * x.nbytes
+        return Case(operation, shape, plan, lambda _: run(*qkv), moved, product, by_torch=lambda _: by_torch())
+
+    ours = case("attention_fp16", split(torch.float16), attention_fp16)
+    if backend == "fp16":
+        return [ours]
+    return [case(f"attention, {backend}", split(x.dtype), partial(attend_by, backend)), ours]
 
 
-def fp8_linear_us(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> float | None:
-    """torch's FP8 product with a scale per row and column, activations quantized before; None where it has none."""
-    x, weight = (torch.randn(rows, k, device=device).to(torch.float8_e4m3fn) for rows in (m, n))
+def modulation_case(linears: list[BranchedLinear], device: torch.device, dtype: torch.dtype) -> Case:
+    one = linears[0]
+    n, k = one.out_features, one.in_features
+    x = torch.randn(1, k, device=device, dtype=dtype)
+
+    def run(index: int) -> Tensor:
+        return linears[index % len(linears)].base(x)
+
+    return Case("modulation_w4a16", f"1 x {k} -> {n}", "w4a16", run, held_bytes(one), (1, n, k), is_linear=True)
+
+
+def text_cases(job: Workload, device: torch.device, dtype: torch.dtype, arch: str | None) -> list[Case]:
+    """The linears of a 4-bit T5."""
+
+    def random(n: int, k: int) -> ArrangedW4A16:
+        codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=device)
+        scales = torch.full((n, k // T5_GROUP), k**-0.5, device=device).to(dtype)
+        return arrange(W4A16Weights(codes, scales, -7.5 * scales, None, T5_GROUP), dtype, arch)
+
+    def case(name: str, n: int, k: int) -> Case:
+        x, linears = torch.randn(m, k, device=device, dtype=dtype), [random(n, k) for _ in range(BLOCKS)]
+        moved = x.nbytes + linears[0].num_bytes + m * n * dtype.itemsize
+
+        def run(index: int) -> Tensor:
+            return linear_w4a16(x, linears[index % BLOCKS])
+
+        return Case("linear_w4a16", f"T5 {name}, {m} x {k} -> {n}", "w4a16", run, moved, (m, n, k), is_linear=True)
+
+    m, c, wide = job.text_tokens, job.config.joint_attention_dim, job.text_hidden
+    return [case("q, k, v, o", c, c), case("wi", wide, c), case("wo", c, wide)]
+
+
+def num_bytes(held: Tensor | QuantizedAct) -> int:
+    tensors = (held,) if isinstance(held, Tensor) else (held.codes, held.scales, held.low)
+    return sum(one.nbytes for one in tensors if one is not None)
+
+
+def torch_linears_us(
+    m: int, n: int, k: int, dtype: torch.dtype, device: torch.device
+) -> tuple[float, float | None]:
+    """torch's own linear in 16 bit with a bias, and in FP8 with a scale per row and column where torch has that.
+
+    FP8's activations were quantized before.
+    """
+
+    def random(rows: int) -> list[Tensor]:
+        return in_turns(lambda: torch.randn(rows, k, device=device, dtype=dtype))
+
+    inputs, weights, bias = random(m), random(n), torch.randn(n, device=device, dtype=dtype)
+    wide_us = microseconds(lambda i: F.linear(inputs[i % len(inputs)], weights[i % len(weights)], bias))
+    inputs, weights = ([one.to(torch.float8_e4m3fn) for one in many] for many in (inputs, weights))
     ones = torch.ones(m, 1, device=device), torch.ones(1, n, device=device)
-    try:
-        return microseconds(lambda _: torch._scaled_mm(x, weight.T, *ones, out_dtype=dtype))
-    except (RuntimeError, NotImplementedError, ValueError):
-        return None
+
+    def fp8(index: int) -> Tensor:
+        x, weight = inputs[index % len(inputs)], weights[index % len(weights)]
+        return torch._scaled_mm(x, weight.T, *ones, out_dtype=dtype)
+
+    with contextlib.suppress(RuntimeError, NotImplementedError, ValueError):
+        return wide_us, microseconds(fp8)
+    return wide_us, None
 
 
 # -------------------------------------------------------------------------------------------------------- a step
