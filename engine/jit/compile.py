@@ -1,7 +1,8 @@
 """NVRTC behind a cache on disk. Needs no card, no driver, no toolkit.
 
 An entry is found by the hash of all that decides its bytes, and carries its own checksum: a damaged, cut or foreign
-one is made again. Where the folder cannot be written, compiled kernels live as long as the process.
+one is made again. Where the folder cannot be written, compiled kernels live as long as the process. What newer
+sources, compilers or cards left unread for months goes when something new was compiled.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -25,6 +27,8 @@ OPTIONS = ("--std=c++17", "-default-device", "--ptxas-options=-v")
 MOST_THREADS = 8  # NVRTC works in all of them at once
 ERROR_LINES = 12
 CHECKSUM_BYTES = 32
+DAY_S = 24 * 3600
+KEPT_S = 90 * DAY_S  # after it was last read
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,8 @@ def prepare(variants: Iterable[Variant], arch: str) -> Iterator[tuple[int, int]]
         for done, one in enumerate(as_completed(waiting), 1):
             one.result()
             yield done, len(missing)
+        if missing:
+            _forget_old()
     finally:
         workers.shutdown(cancel_futures=True)
 
@@ -174,14 +180,18 @@ def _checksum(key: str, content: bytes) -> bytes:
 
 
 def _read(key: str) -> Compiled | None:
-    """An entry is its checksum, the length of the log, the log, the cubin."""
+    """An entry is its checksum, the length of the log, the log, the cubin. Its file is as old as its last use."""
+    file = cache_folder() / f"{key}.cubin"
     try:
-        entry = (cache_folder() / f"{key}.cubin").read_bytes()
+        entry = file.read_bytes()
     except OSError:
         return _unwritten.get(key)
     content = entry[CHECKSUM_BYTES:]
     if entry[:CHECKSUM_BYTES] != _checksum(key, content):
         return _unwritten.get(key)
+    with contextlib.suppress(OSError):  # a folder that is only read
+        if abs(_age_s(file)) > DAY_S:
+            os.utime(file)
     end = 4 + int.from_bytes(content[:4], "little")
     return Compiled(content[end:], content[4:end].decode())
 
@@ -193,7 +203,7 @@ def _write(key: str, one: Compiled) -> None:
     temporary = ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix="new-", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="new-", suffix=".cubin", delete=False) as file:
             temporary = file.name
             file.write(_checksum(key, content) + content)
         os.replace(temporary, folder / f"{key}.cubin")
@@ -201,3 +211,16 @@ def _write(key: str, one: Compiled) -> None:
         _unwritten[key] = one
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+
+
+def _age_s(file: Path) -> float:
+    return time.time() - file.stat().st_mtime
+
+
+def _forget_old() -> None:
+    """Whoever still wants one makes it again; two programs may do this at once."""
+    with contextlib.suppress(OSError):
+        for file in cache_folder().glob("*.cubin"):
+            with contextlib.suppress(OSError):
+                if _age_s(file) > KEPT_S:
+                    file.unlink()

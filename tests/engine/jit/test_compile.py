@@ -134,6 +134,61 @@ def test_a_full_disk_leaves_no_half_entry(
     assert len(compilations) == 1
 
 
+def grow_old(file: Path, days: float) -> None:
+    then = time.time() - days * compile.DAY_S
+    os.utime(file, (then, then))
+
+
+def test_what_nobody_read_for_months_goes_when_something_new_was_compiled(add: Variant) -> None:
+    variants = [Variant(add.source, (("TIMES", n),)) for n in range(4)]
+    list(prepare(variants[:3], "89"))
+    read, *unread = entries()
+    half = compile.cache_folder() / "new-of-a-killed-process.cubin"
+    half.write_bytes(b"half")
+    foreign = compile.cache_folder() / "letter.txt"
+    foreign.write_text("not ours")
+    for file in (read, *unread, half, foreign):
+        grow_old(file, 91)
+    assert compile._read(read.stem) is not None
+    list(prepare([], "89"))
+    assert set(unread) < set(entries()), "a start with all in the cache looks no further"
+    list(prepare(variants[3:], "89"))
+    assert {read, foreign} < set(entries())
+    assert len(entries()) == 3
+
+
+def test_an_entry_is_as_old_as_its_last_use(add: Variant, compilations: list[str]) -> None:
+    compile_cubin(add, "89")
+    (entry,) = entries()
+    for days in (89, -300):  # a clock that was wrong, too
+        grow_old(entry, days)
+        compile_cubin(add, "89")
+        assert abs(compile._age_s(entry)) < 60
+    grow_old(entry, 0.5)
+    before = entry.stat().st_mtime
+    compile_cubin(add, "89")
+    assert entry.stat().st_mtime == before, "not written at every start"
+    assert len(compilations) == 1
+
+
+def test_an_old_entry_that_another_program_removed_or_holds_is_no_error(
+    add: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_cubin(add, "89")
+    (entry,) = entries()
+    grow_old(entry, 91)
+
+    def held(_: Path) -> None:
+        raise PermissionError(13, "The file is used by another process")
+
+    monkeypatch.setattr(Path, "unlink", held)
+    compile._forget_old()
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "glob", lambda *_: iter([entry.with_name("gone.cubin")]))
+    compile._forget_old()
+    assert entry.exists()
+
+
 def test_processes_that_compile_at_once_leave_whole_entries(add: Variant) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom engine.jit import *\nfrom engine.jit import sources\n"
