@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +23,14 @@ from engine.device import Device, best_plan, has_kernels
 from engine.kernels.attention_fp16 import attention_fp16
 from engine.kernels.linear_w4a16 import ArrangedW4A16, arrange, linear_w4a16
 from engine.kernels.modulate_quantize import modulate_quantize
+from engine.kernels.modulation_w4a16 import arrange_modulation, modulation_w4a16
 from engine.kernels.quantize_act import quantize_act
-from engine.kernels.svdq_linear import svdq_linear
+from engine.kernels.svdq_linear import ArrangedLinear, svdq_linear
 from engine.layers.attention_backend import Backend, attend_by
 from engine.layers.attention_choice import choose
 from engine.layers.fused_linear import HEAD_DIM, FusedLinear
 from engine.layers.held_bytes import held_bytes
-from engine.layers.linear import BranchedLinear
-from engine.layers.svdquant_linear import LayerPlan
+from engine.layers.svdquant_linear import MODULATION_GROUP, LayerPlan
 from engine.models.flux import FluxConfig
 from engine.models.random_flux import random_flux
 from engine.models.step_graph import EAGER_STEPS, StepGraphs
@@ -46,8 +46,9 @@ STEP_ROUNDS = 5
 PAUSE_CYCLES = 500_000
 ROTATED_BYTES = 256 * 2**20
 CEILING_SIZE = 8192
-BLOCKS = 4  # whose weights take turns: FLUX.1's are 300 MB, Tonfa Mini's stay in the cache as in its network
 T5_GROUP = 128
+T = TypeVar("T")
+A = TypeVar("A", ArrangedLinear, ArrangedW4A16)
 MINI = FluxConfig(
     num_layers=2, num_single_layers=6, num_attention_heads=4, joint_attention_dim=256, pooled_projection_dim=256
 )
@@ -165,6 +166,17 @@ def in_turns(make: Callable[[], Tensor]) -> list[Tensor]:
     return [first, *(make() for _ in range(min(64, ROTATED_BYTES // max(1, first.nbytes))))]
 
 
+def turn(held: list[T], index: int) -> T:
+    return held[index % len(held)]
+
+
+def copies(linear: A) -> list[A]:
+    """The same linear with its weights in other memory each."""
+    if linear.qweight is None:  # the reference's
+        return [linear]
+    return [replace(linear, qweight=qweight) for qweight in in_turns(linear.qweight.clone)]
+
+
 def measure_ceilings(device: torch.device) -> Ceilings:
     source, target = (torch.empty(ROTATED_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
     copy_us = microseconds(lambda _: target.copy_(source))
@@ -208,17 +220,18 @@ def measure_kernels(
     place, dtype, arch = torch.device(device.torch_name), getattr(torch, device.dtype), jit.current_arch()
     backend = choose(job.config.num_attention_heads, job.tokens, HEAD_DIM, dtype, place, folders.cache())
     make = partial(kernel_cases, job, plans, place, dtype, arch, backend)
+    total = 0
     with jit.noted() as variants:
         for case in make():
             case.run(0)
-    for done, total in jit.prepare(variants, arch):
-        report(f"Preparing your graphics card, {done} of {total}", 0.0)
+            total += 1
+    for done, missing in jit.prepare(variants, arch):
+        report(f"Preparing your graphics card, {done} of {missing}", 0.0)
     jit.load(variants)
-    cases = make()  # once more: nothing was computed before
     linears_us = cache(partial(torch_linears_us, dtype=dtype, device=place))
-    times = []
-    for index, case in enumerate(cases):
-        report(f"Measuring {case.operation}", (1 + index) / (2 + len(cases)))
+    times: list[KernelTime] = []
+    for case in make():
+        report(f"Measuring {case.operation}", (1 + len(times)) / (2 + total))
         us = microseconds(case.run)
         torch_us = fp8_us = None
         if case.is_linear and case.product:
@@ -237,121 +250,122 @@ def kernel_cases(
     dtype: torch.dtype,
     arch: str | None,
     backend: Backend,
-) -> list[Case]:
+) -> Iterator[Case]:
     """The rows of the table in their order: a block by each plan, then what is the same under all of them.
 
-    arch: the card's ("90a"), None for the reference.
+    One after another, because each holds much memory. arch: the card's ("90a"), None for the reference.
     """
-    config = replace(job.config, num_layers=0, num_single_layers=BLOCKS)
-    tokens = cache(lambda width: in_turns(lambda: torch.randn(job.tokens, width, device=device, dtype=dtype)))
-    cases: list[Case] = []
+    config = replace(job.config, num_layers=0, num_single_layers=1)
+    c, heads, text = config.hidden_size, config.num_attention_heads, config.joint_attention_dim
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype)
+
     for plan in plans:
-        blocks = random_flux(config, plan, device, dtype, arch).single_blocks
-        cases += block_cases(blocks, plan, tokens)
-    cases += attention_cases(config.num_attention_heads, plans[0], tokens(config.hidden_size)[0], backend)
-    cases.append(modulation_case(leaves(blocks, "modulation"), device, dtype))
-    return cases + text_cases(job, device, dtype, arch)
+        (block,) = random_flux(config, plan, device, dtype, arch).single_blocks
+        yield from block_cases(block, plan, cache(lambda width: in_turns(lambda: normal(job.tokens, width))))
+    x = normal(job.tokens, c)
+    if backend != "fp16":
+        yield attention_case(f"attention, {backend}", partial(attend_by, backend), heads, plans[0], x)
+    yield attention_case("attention_fp16", attention_fp16, heads, plans[0], x.half())
+    yield modulation_case(normal(1, c), 3 * c)
+    for name, k, n in (("q, k, v, o", text, text), ("wi", text, job.text_hidden), ("wo", job.text_hidden, text)):
+        yield text_case(name, normal(job.text_tokens, k), n, arch)
 
 
-def leaves(blocks: nn.ModuleList, name: str) -> list[Any]:
-    return [getattr(block, name) for block in blocks]
-
-
-def block_cases(blocks: nn.ModuleList, plan: LayerPlan, tokens: Callable[[int], list[Tensor]]) -> list[Case]:
-    """What a single block launches by a plan. tokens: its inputs by their width, taken in turns like the blocks."""
-    linears: list[list[FusedLinear]] = [leaves(blocks, name) for name in ("qkv", "out", "fc1", "fc2")]
+def block_cases(block: nn.Module, plan: LayerPlan, tokens: Callable[[int], list[Tensor]]) -> Iterator[Case]:
+    """What a single block launches by a plan. tokens: its inputs by their width, (M, K) each."""
+    linears: list[FusedLinear] = [getattr(block, name) for name in ("qkv", "out", "fc1", "fc2")]
     qkv, out, fc1, fc2 = linears
-    c = qkv[0].in_features
-    stream, joint = tokens(c)[0].clone(), torch.cat([tokens(c)[0]] * 3, dim=1)
-    (m, _), shift = stream.shape, stream[0].clone()
-    angles, norm = stream.new_ones(m, HEAD_DIM // 2).float(), stream.new_ones(HEAD_DIM).float()
+    streams = tokens(qkv.in_features)
+    (m, _), shift, joint = streams[0].shape, streams[0][0].clone(), torch.cat([streams[0]] * 3, dim=1)
+    angles, norm = (torch.ones(*shape, device=joint.device) for shape in ((m, HEAD_DIM // 2), (HEAD_DIM,)))
 
     def quantizing(
         operation: str, name: str, target: ActTarget, quantize: Callable[[Tensor], QuantizedAct]
     ) -> Case:
-        inputs = tokens(len(target.smooth_factor))
+        inputs = tokens(target.in_features)
         moved = inputs[0].nbytes + num_bytes(quantize(inputs[0]))
-        shape = f"{name}, {m} x {inputs[0].shape[1]}, rank {target.rank}"
-        return Case(f"{operation}.{plan}", shape, plan, lambda i: quantize(inputs[i % len(inputs)]), moved)
+        shape = f"{name}, {m} x {target.in_features}, rank {target.rank}"
+        return Case(f"{operation}.{plan}", shape, plan, lambda i: quantize(turn(inputs, i)), moved)
 
-    def multiplying(what: str, name: str, linears: list[FusedLinear], end: Epilogue) -> Case:
-        one = linears[0]
-        n, k = one.out_features, one.in_features
-        act = one.read(quantize_act(tokens(k)[0], one.target))
+    def multiplying(what: str, name: str, linear: FusedLinear, end: Callable[[int], Epilogue]) -> Case:
+        n, k = linear.out_features, linear.in_features
+        acts = [linear.read(quantize_act(x, linear.target)) for x in tokens(k)]
+        arranged = copies(linear.layout.linear)
 
         def run(index: int) -> Tensor | QuantizedAct:
-            return svdq_linear(act, linears[index % len(linears)].layout.linear, end)
+            return svdq_linear(turn(acts, index), turn(arranged, index), end(index))
 
-        written = num_bytes(run(0)) * (2 if isinstance(end, GateResidual) else 1)
-        moved = num_bytes(act) + one.layout.linear.num_bytes + written
-        shape = f"{name}, {m} x {k} -> {n}, rank {one.rank}"
+        written = num_bytes(run(0)) * (2 if isinstance(end(0), GateResidual) else 1)
+        moved = num_bytes(acts[0]) + linear.layout.linear.num_bytes + written
+        shape = f"{name}, {m} x {k} -> {n}, rank {linear.rank}"
         return Case(f"svdq_linear.{plan}, {what}", shape, plan, run, moved, (m, n, k), is_linear=True)
 
-    both, of_out, of_fc2 = qkv[0].target, out[0].target, fc2[0].target
-    return [
-        quantizing("quantize_act", "out", of_out, lambda x: quantize_act(x, of_out)),
-        quantizing("quantize_act", "fc2", of_fc2, lambda x: quantize_act(x, of_fc2)),
-        quantizing("modulate_quantize", "qkv, fc1", both, lambda x: modulate_quantize(x, shift, shift, both)),
-        multiplying("plain", "qkv", qkv, Plain(joint)),
-        multiplying("q/k norm and RoPE", "qkv", qkv, QKNormRope(norm, norm, angles, angles, joint)),
-        multiplying("gate and residual", "out", out, GateResidual(shift, stream, stream)),
-        multiplying("GELU and quantize", "fc1", fc1, GeluQuantize(of_fc2)),
-        multiplying("gate and residual", "fc2", fc2, GateResidual(shift, stream, stream)),
-    ]
+    def gated(index: int) -> GateResidual:
+        stream = turn(streams, index)
+        return GateResidual(shift, stream, stream)
+
+    yield quantizing("quantize_act", "out", out.target, lambda x: quantize_act(x, out.target))
+    yield quantizing("quantize_act", "fc2", fc2.target, lambda x: quantize_act(x, fc2.target))
+    yield quantizing(
+        "modulate_quantize", "qkv, fc1", qkv.target, lambda x: modulate_quantize(x, shift, shift, qkv.target)
+    )
+    yield multiplying("plain", "qkv", qkv, lambda _: Plain(joint))
+    yield multiplying("q/k norm and RoPE", "qkv", qkv, lambda _: QKNormRope(norm, norm, angles, angles, joint))
+    yield multiplying("gate and residual", "out", out, gated)
+    yield multiplying("GELU and quantize", "fc1", fc1, lambda _: GeluQuantize(fc2.target))
+    yield multiplying("gate and residual", "fc2", fc2, gated)
 
 
-def attention_cases(heads: int, plan: LayerPlan, x: Tensor, backend: Backend) -> list[Case]:
-    """The attention that was fastest on this card, then our own where that is another one. x: (M, C)."""
+def attention_case(operation: str, run: Callable[..., Tensor], heads: int, plan: LayerPlan, x: Tensor) -> Case:
+    """x: (M, C); q, k and v are views as a fused projection leaves them."""
     m, c = x.shape
-    shape, product = f"{heads} heads x {m} x {c // heads}", (m, m, 2 * c)  # q k^T, and what it weighs v with
-
-    def split(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Views as a fused projection leaves them."""
-        joint = torch.cat([x.to(dtype)] * 3, dim=1)
-        q, k, v = joint.view(1, m, 3, heads, c // heads).permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
-
-    def case(operation: str, qkv: tuple[Tensor, Tensor, Tensor], run: Callable[..., Tensor]) -> Case:
-        by_torch = partial(attend_by, "torch", *qkv)
-        moved = 4 * x.nbytes
-        return Case(operation, shape, plan, lambda _: run(*qkv), moved, product, by_torch=lambda _: by_torch())
-
-    ours = case("attention_fp16", split(torch.float16), attention_fp16)
-    if backend == "fp16":
-        return [ours]
-    return [case(f"attention, {backend}", split(x.dtype), partial(attend_by, backend)), ours]
+    views = [
+        joint.view(1, m, 3, heads, c // heads).permute(2, 0, 3, 1, 4).unbind(0)
+        for joint in in_turns(lambda: torch.cat([x] * 3, dim=1))
+    ]
+    return Case(
+        operation,
+        f"{heads} heads x {m} x {c // heads}",
+        plan,
+        lambda i: run(*turn(views, i)),
+        4 * x.nbytes,
+        (m, m, 2 * c),  # q k^T, and what it weighs v with
+        by_torch=lambda i: attend_by("torch", *turn(views, i)),
+    )
 
 
-def modulation_case(linears: list[BranchedLinear], device: torch.device, dtype: torch.dtype) -> Case:
-    one = linears[0]
-    n, k = one.out_features, one.in_features
-    x = torch.randn(1, k, device=device, dtype=dtype)
+def random_w4a16(n: int, k: int, group: int, like: Tensor) -> W4A16Weights:
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=like.device)
+    scales = torch.full((n, k // group), k**-0.5, device=like.device, dtype=like.dtype)
+    return W4A16Weights(codes, scales, -7.5 * scales, None, group)
+
+
+def modulation_case(x: Tensor, n: int) -> Case:
+    """x: (1, K), behind its SiLU."""
+    k = x.shape[1]
+    one = arrange_modulation(random_w4a16(n, k, MODULATION_GROUP, x))
+    weights = [replace(one, codes=codes) for codes in in_turns(one.codes.clone)]
+    moved = one.codes.nbytes + one.scales.nbytes + 2 * (k + n)
 
     def run(index: int) -> Tensor:
-        return linears[index % len(linears)].base(x)
+        return modulation_w4a16(x, turn(weights, index), splits=3)
 
-    return Case("modulation_w4a16", f"1 x {k} -> {n}", "w4a16", run, held_bytes(one), (1, n, k), is_linear=True)
+    return Case("modulation_w4a16", f"1 x {k} -> {n}", "w4a16", run, moved, (1, n, k), is_linear=True)
 
 
-def text_cases(job: Workload, device: torch.device, dtype: torch.dtype, arch: str | None) -> list[Case]:
-    """The linears of a 4-bit T5."""
+def text_case(name: str, x: Tensor, n: int, arch: str | None) -> Case:
+    """A linear of a 4-bit T5. x: (T, K)."""
+    m, k = x.shape
+    one = arrange(random_w4a16(n, k, T5_GROUP, x), x.dtype, arch)
+    weights = copies(one)
 
-    def random(n: int, k: int) -> ArrangedW4A16:
-        codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=device)
-        scales = torch.full((n, k // T5_GROUP), k**-0.5, device=device).to(dtype)
-        return arrange(W4A16Weights(codes, scales, -7.5 * scales, None, T5_GROUP), dtype, arch)
+    def run(index: int) -> Tensor:
+        return linear_w4a16(x, turn(weights, index))
 
-    def case(name: str, n: int, k: int) -> Case:
-        x, linears = torch.randn(m, k, device=device, dtype=dtype), [random(n, k) for _ in range(BLOCKS)]
-        moved = x.nbytes + linears[0].num_bytes + m * n * dtype.itemsize
-
-        def run(index: int) -> Tensor:
-            return linear_w4a16(x, linears[index % BLOCKS])
-
-        return Case("linear_w4a16", f"T5 {name}, {m} x {k} -> {n}", "w4a16", run, moved, (m, n, k), is_linear=True)
-
-    m, c, wide = job.text_tokens, job.config.joint_attention_dim, job.text_hidden
-    return [case("q, k, v, o", c, c), case("wi", wide, c), case("wo", c, wide)]
+    moved = x.nbytes + one.num_bytes + m * n * x.itemsize
+    return Case("linear_w4a16", f"T5 {name}, {m} x {k} -> {n}", "w4a16", run, moved, (m, n, k), is_linear=True)
 
 
 def num_bytes(held: Tensor | QuantizedAct) -> int:
@@ -371,16 +385,13 @@ def torch_linears_us(
         return in_turns(lambda: torch.randn(rows, k, device=device, dtype=dtype))
 
     inputs, weights, bias = random(m), random(n), torch.randn(n, device=device, dtype=dtype)
-    wide_us = microseconds(lambda i: F.linear(inputs[i % len(inputs)], weights[i % len(weights)], bias))
+    wide_us = microseconds(lambda i: F.linear(turn(inputs, i), turn(weights, i), bias))
     inputs, weights = ([one.to(torch.float8_e4m3fn) for one in many] for many in (inputs, weights))
     ones = torch.ones(m, 1, device=device), torch.ones(1, n, device=device)
-
-    def fp8(index: int) -> Tensor:
-        x, weight = inputs[index % len(inputs)], weights[index % len(weights)]
-        return torch._scaled_mm(x, weight.T, *ones, out_dtype=dtype)
-
     with contextlib.suppress(RuntimeError, NotImplementedError, ValueError):
-        return wide_us, microseconds(fp8)
+        return wide_us, microseconds(
+            lambda i: torch._scaled_mm(turn(inputs, i), turn(weights, i).T, *ones, out_dtype=dtype)
+        )
     return wide_us, None
 
 

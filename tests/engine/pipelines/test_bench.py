@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from engine.device import choose_device
 from engine.jit import sources
 from engine.pipelines import bench
 from engine.pipelines.bench import Case, Ceilings, Workload, kernel_cases, measured_plans, workload
@@ -24,7 +25,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Workload:
 
 
 def cases(job: Workload, *plans: str, backend: str = "torch") -> list[Case]:
-    return kernel_cases(job, list(plans), torch.device("cpu"), torch.float16, None, backend)  # type: ignore[arg-type]
+    chosen = list(plans), torch.device("cpu"), torch.float16, None, backend
+    return list(kernel_cases(job, *chosen))  # type: ignore[arg-type]
 
 
 def test_every_kernel_there_is_has_a_row(small: Workload) -> None:
@@ -58,7 +60,7 @@ def test_where_our_attention_was_fastest_it_is_not_told_twice(small: Workload) -
 @pytest.mark.parametrize("plan", ["w4a4", "w4a8", "w4a16"])
 def test_all_of_it_runs_and_knows_what_it_moves(small: Workload, plan: str) -> None:
     for case in cases(small, plan):
-        for index in (0, 1, bench.BLOCKS):
+        for index in (0, 1, 70):
             case.run(index)
         assert case.num_bytes > 0
         if case.is_linear:
@@ -104,3 +106,19 @@ def test_shapes_are_those_of_the_models() -> None:
     flux, mini = workload("flux"), workload("mini")
     assert (flux.tokens, flux.config.hidden_size, flux.config.joint_attention_dim) == (4608, 3072, 4096)
     assert (mini.tokens, mini.config.hidden_size, mini.config.joint_attention_dim) == (288, 512, 256)
+
+
+@pytest.mark.gpu
+def test_on_a_card_every_row_has_its_times() -> None:
+    told: list[float] = []
+    card = choose_device("cuda")
+    result = bench.bench(card, "mini", with_step=True, report=lambda _, fraction: told.append(fraction))
+    assert min(told) >= 0
+    assert max(told) <= 1
+    kernels = result["kernels"]
+    assert {one["plan"] for one in kernels} == {result["plan"], "w4a16"} | set(measured_plans(card.arch or 0))
+    assert all(one["us"] > 0 and 0 < one["ceiling"] < 20 for one in kernels)
+    for one in kernels:
+        quantizes = one["operation"].startswith(("quantize_act", "modulate_quantize"))
+        assert (one["torch_us"] is None) == quantizes
+    assert all(one["ms"] > 0 for one in result["steps"])
