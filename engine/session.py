@@ -97,6 +97,7 @@ class Engine:
         self._model: LoadedModel | None = None
         self._model_key: tuple[object, ...] = ()
         self._cancelled: set[int] = set()
+        self.card_lost = False  # a kernel failed, and this process can use no card any more
 
     # ------------------------------------------------------------------------------------------------ the door
 
@@ -113,6 +114,7 @@ class Engine:
                 final = Cancelled()
             except Exception as error:
                 final = Failed(_problem_of(error))
+                self.card_lost |= jit.is_lost()
         self._cancelled.discard(job)
         if not isinstance(final, Finished):
             gc.collect()  # what the stopped work held goes back before the next one is planned
@@ -541,15 +543,21 @@ def _problem_of(error: Exception) -> Problem:
         case torch.OutOfMemoryError() | MemoryError():
             return _out_of_memory(str(error))
         case jit.KernelError():
-            return Problem(
-                ProblemKind.MACHINE,
-                what="The graphics card could not do its work.",
-                todo="Start Tonfa again; if it happens again, update NVIDIA's driver or choose the device cpu.",
-                detail=str(error),
-            )
+            return _card_failed(str(error))
+        case torch.AcceleratorError():  # torch came upon what a kernel had done
+            return _card_failed(f"{str(error).splitlines()[0]}. {jit.launched_last()}")
         case RuntimeError() if memory.NO_MEMORY_WORDS in str(error):
             return _out_of_memory(str(error))
     return internal_error("".join(traceback.format_exception(error)))
+
+
+def _card_failed(detail: str) -> Problem:
+    return Problem(
+        ProblemKind.MACHINE,
+        what="The graphics card could not do its work.",
+        todo="Try again; if it happens again, update NVIDIA's driver or choose the device cpu.",
+        detail=detail,
+    )
 
 
 def _out_of_memory(detail: str) -> Problem:

@@ -7,7 +7,7 @@ A `Variant` names a source in kernels_cu and its defines; `prepare` compiles a m
 from __future__ import annotations
 
 from engine.jit.compile import Compiled, compile_cubin, compiled, prepare, set_cache_folder
-from engine.jit.launch import Strided, current_arch, launch, load, noted, synchronize
+from engine.jit.launch import Strided, current_arch, is_lost, launch, launched_last, load, noted, synchronize
 from engine.jit.sources import ARCHITECTURES, KernelError, Variant, arch_of, kernels_version
 
 __all__ = [
@@ -20,8 +20,10 @@ __all__ = [
     "compile_cubin",
     "compiled",
     "current_arch",
+    "is_lost",
     "kernels_version",
     "launch",
+    "launched_last",
     "load",
     "noted",
     "prepare",

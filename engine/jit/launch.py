@@ -99,9 +99,7 @@ def launch(variant: Variant, grid: Dim, block: Dim, *args: Argument, shared_byte
             _enter(index)
             code = kernel.call()
     if code:
-        raise KernelError(
-            f"{_call(variant, grid, block, shared_bytes, args)}: {_name_of(code)}. {_launched_last()}"
-        )
+        raise KernelError(f"{_call(variant, grid, block, shared_bytes, args)}: {_name_of(code)}. {launched_last()}")
 
 
 def load(variants: Iterable[Variant]) -> None:
@@ -141,7 +139,26 @@ def synchronize() -> None:
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
-        raise KernelError(f"{str(error).splitlines()[0]}. {_launched_last()}") from error
+        raise KernelError(f"{str(error).splitlines()[0]}. {launched_last()}") from error
+
+
+def launched_last() -> str:
+    """The last launches: an error that a kernel makes while it runs is reported by a later call."""
+    lines = [
+        f"{variant}, grid {grid}, block {block}, arguments {', '.join(map(str, values))}"
+        for variant, grid, block, values in reversed(_recent)
+    ]
+    return "Launched last: " + "; ".join(lines) if lines else "Nothing was launched."
+
+
+def is_lost() -> bool:
+    """Whether a kernel failed so that no later call of this process to its card succeeds."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 # ------------------------------------------------------------------------------------------------------ loading
@@ -273,12 +290,3 @@ def _name_of(code: int) -> str:
     from cuda.bindings import driver
 
     return str(driver.CUresult(code).name)
-
-
-def _launched_last() -> str:
-    """The last launches: an error that a kernel makes while it runs is reported by a later call."""
-    lines = [
-        f"{variant}, grid {grid}, block {block}, arguments {', '.join(map(str, values))}"
-        for variant, grid, block, values in reversed(_recent)
-    ]
-    return "Launched last: " + "; ".join(lines) if lines else "Nothing was launched."

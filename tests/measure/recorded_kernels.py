@@ -116,12 +116,16 @@ class Recorder:
         )
 
     def _quantized(self, kind: str, name: str, made: QuantizedAct, expected: Callable[[], QuantizedAct]) -> None:
-        found, agreement = difference(moved(made, self.device), expected()), self.found[kind]
+        made, truth, agreement = moved(made, self.device), expected(), self.found[kind]
+        found = difference(made, truth)
         agreement.calls += 1
+        agreement.low = max(agreement.low, found.low)
+        if made.format == "half":  # no codes: numbers of h
+            agreement.values = max(agreement.values, largest_error(made.codes, truth.codes))
+            return
         if found.fraction >= agreement.codes:
             agreement.codes, agreement.worst = found.fraction, name
         agreement.steps = max(agreement.steps, found.steps)
-        agreement.low = max(agreement.low, found.low)
 
     def _here(self, *values: Any) -> tuple[Any, ...]:
         return tuple(moved(value, self.device) for value in values)
