@@ -12,9 +12,9 @@ import time
 from collections import deque
 from typing import Protocol
 
-from PySide6.QtCore import QObject, QThread, Signal
+from PySide6.QtCore import QObject, QThread, Signal, Slot
 
-from engine.events import Cancelled, Event, Failed, Final, Planned
+from engine.events import Cancelled, Event, Failed, Final, Finished, ImageDone, Planned, Prepared
 from engine.host import EngineStopped
 from engine.problems import Problem, ProblemKind, engine_stopped
 from engine.requests import ImageRequest, PrepareRequest, Request
@@ -51,6 +51,7 @@ class EngineThread(QThread):
     event_arrived = Signal(int, object)  # job id, engine.events.Event
     planned = Signal(object)  # Planned | Failed, for the newest plan
     restarted = Signal(str)  # the child died and a new one runs; details
+    _died = Signal(object, object, str)  # the job that ran, if any, and how it ended; details
 
     def __init__(self, host: EngineHost, parent: QObject | None = None) -> None:
         super().__init__(parent)
@@ -58,6 +59,7 @@ class EngineThread(QThread):
         self._lock = threading.RLock()
         self._waiting: deque[tuple[int, Request]] = deque()
         self._running: int | None = None
+        self._done = False  # the running job has all it was for; only its Final is missing
         self._last_job = 0
         self._alive = False
         self._held = False
@@ -65,6 +67,7 @@ class EngineThread(QThread):
         self._silent_deaths = 0  # one after another, without a word in between
         self._plan_wanted: ImageRequest | None = None
         self._plan_job: int | None = None
+        self._died.connect(self._tell_death)
 
     # -- called on the GUI thread --
 
@@ -178,12 +181,15 @@ class EngineThread(QThread):
             if isinstance(event, Final):
                 self._running = None
                 self._held = self._held or (isinstance(event, Failed) and self._holds)
+            self._done = isinstance(event, Prepared) or (
+                isinstance(event, ImageDone) and event.image == event.images
+            )
         self.event_arrived.emit(job, event)
         with self._lock:
             self._hand_over()
 
     def _bury(self, detail: str) -> None:
-        """The child died. Its job fails, a new child starts, the queue stays."""
+        """The child died. Its job fails, unless all was done but to say so; a new child starts, the queue stays."""
         with self._lock:
             if self._closing:
                 self._alive = False
@@ -198,10 +204,16 @@ class EngineThread(QThread):
             if self._silent_deaths > 1:
                 self._fail_all(cannot_start(detail))
                 return
-            failed, self._running = self._running, None
-            if failed is not None:
-                self._held = self._held or self._holds
-                self.event_arrived.emit(failed, Failed(engine_stopped(detail)))
+            ended, self._running = self._running, None
+            self._held = self._held or (ended is not None and self._holds)
+            final = Finished() if self._done else Failed(engine_stopped(detail))
+        self._died.emit(ended, final, detail)
+
+    @Slot(object, object, str)
+    def _tell_death(self, job: int | None, final: Final, detail: str) -> None:
+        """On the GUI thread, in one go: an answer to the first cannot come before the second."""
+        if job is not None:
+            self.event_arrived.emit(job, final)
         self.restarted.emit(detail)
 
     def _fail_all(self, problem: Problem) -> None:
@@ -240,7 +252,7 @@ class EngineThread(QThread):
             return
         job, task = ready[0]
         self._waiting.remove((job, task))
-        self._running = job
+        self._running, self._done = job, False
         self._holds = isinstance(task, ImageRequest | PrepareRequest)
         with contextlib.suppress(EngineStopped):
             self._host.submit(job, task)

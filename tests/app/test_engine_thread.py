@@ -9,15 +9,17 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
+from PySide6.QtCore import QTimer
 from PySide6.QtWidgets import QApplication
 from pytestqt.qtbot import QtBot
 
 from app.engine_thread import EngineThread
-from engine.events import Cancelled, Event, Failed, Final, Finished, Planned
+from engine.events import Cancelled, Event, Failed, Final, Finished, ImageDone, Planned, Prepared
 from engine.host import EngineStopped
 from engine.problems import Problem, ProblemKind
-from engine.requests import ImageRequest, InspectRequest, Request
+from engine.requests import ImageRequest, InspectRequest, PrepareRequest, Request
 
 PLANNED = Planned(1, 0, 2, 3, None, "fits")
 MEMORY = Failed(Problem(ProblemKind.MEMORY, "It does not fit.", "Choose a smaller size."))
@@ -164,6 +166,44 @@ def test_a_dead_child_fails_its_job_is_started_again_and_the_queue_stays(running
     running.wait(lambda: waits in [job for job, _ in running.host.submitted])
     running.say(waits, Finished())
     running.wait(lambda: running.finals(waits) == [Finished()])
+
+
+@pytest.mark.parametrize("asked", [PrepareRequest("mini"), ImageRequest("a fox")], ids=["loading", "a picture"])
+def test_a_child_that_dies_when_all_was_done_but_to_say_so_fails_nothing(
+    running: Running, asked: PrepareRequest | ImageRequest
+) -> None:
+    """As one does that is killed while it is idle, as far as a person can see."""
+    done: Event = Prepared("mini", "cpu", "w4a16", 1.0)
+    if isinstance(asked, ImageRequest):
+        done = ImageDone(1, 1, 0, np.zeros((1, 1, 3), np.uint8), "", {}, 1.0)
+    job = running.thread.submit(asked)
+    running.wait(lambda: running.host.submitted)
+    running.say(job, done)
+    running.host.arriving.put("Exit code -9.")
+    running.wait(lambda: running.restarts)
+    assert [event for _, event in running.heard] == [done, Finished()]
+    again = running.thread.submit(PrepareRequest("mini"))
+    running.wait(lambda: again in [one for one, _ in running.host.submitted])
+    running.host.arriving.put("Exit code -9.")
+    running.wait(lambda: running.finals(again))
+    assert isinstance(running.finals(again)[0], Failed), "what was done is forgotten with its job"
+
+
+def test_nothing_on_the_gui_thread_comes_between_a_job_that_died_and_the_restart(running: Running) -> None:
+    """A person's answer to the failure would otherwise be followed by the same sentence once more."""
+    order: list[str] = []
+
+    def failed(job: int, event: Event) -> None:
+        order.append("failed")
+        QTimer.singleShot(0, lambda: order.append("answered"))
+
+    running.thread.event_arrived.connect(failed)
+    running.thread.restarted.connect(lambda _: order.append("restarted"))
+    running.thread.submit(ImageRequest("killed"))
+    running.wait(lambda: running.host.submitted)
+    running.host.arriving.put("Exit code -9.")
+    running.wait(lambda: "answered" in order)
+    assert order == ["failed", "restarted", "answered"]
 
 
 def test_a_child_that_never_says_a_word_is_not_started_for_ever(running: Running) -> None:
