@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
+SEED = int(os.environ.get("TONFA_TEST_SEED", "0"))  # of all random inputs: another one is another set of tests
 
 # Set before anything imports Qt or a Hugging Face library, and inherited by every process a test starts.
 os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
@@ -60,8 +61,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
     """The same random numbers in every run, whatever ran before. Never the reason that torch is imported."""
-    random.seed(0)
+    random.seed(SEED)
     if numpy := sys.modules.get("numpy"):
-        numpy.random.seed(0)
+        numpy.random.seed(SEED)
     if torch := sys.modules.get("torch"):
-        torch.manual_seed(0)
+        torch.manual_seed(SEED)

@@ -17,9 +17,23 @@ RELATIVE = {
 # Sums of up to 12288 products in fp32, relative to the largest result: the order is free, and a tensor unit cuts
 # what it adds off at 24 bits; about sqrt(K / 16) cuts of 2^-23 add up. Beside it stands RELATIVE.
 SUMS = 1e-5
-# Of the results, at most, such a difference carries across a boundary between two numbers of h: fp16 has 8 times as
-# many as bf16, and at K = 12288 4 % of its results were measured.
+# Of the results, at most, such a difference carries across a boundary between two numbers of h: its mean over their
+# distance, which is 2^-11 to 2^-10 of a number of fp16. Of a normal result's many small numbers more than of its
+# largest ones: 4 % at K = 12288; bf16 has an eighth as many boundaries.
 REROUNDED = {torch.float16: 0.08, torch.bfloat16: 0.01}
+# The same two where e4m3 is multiplied: Hopper's and Ada's units add 32 products after cutting what is 2^13 below
+# the largest of them. Done so in float64, results are off by 7e-6 of the largest, rms, from K = 512 to 12288, and
+# 9 % of fp16's are rounded to another number; 10 sigma, and twice that.
+SUMS_E4M3 = 7e-5
+REROUNDED_E4M3 = {torch.float16: 0.18, torch.bfloat16: 0.04}
+# Of the codes that a GEMM's epilogue makes: a last place of bf16 is 2^-5 of e4m3's steps, less of 4-bit ones, and
+# REROUNDED results are off by one; near 0, where steps of floats are small, more.
+CODES_FROM_SUMS = 0.02
+# How far a linear's result is from the dense one's, relative (Frobenius), on normal activations. int4: steps of a
+# seventh of the largest of 64, 0.35, and 0.35 / sqrt(12) = 0.10; nvfp4 0.095. e4m3: steps of 2^-3 of a number at
+# most, 2^-3 / sqrt(12) = 0.036. w4a16 in bf16: input, weight and result are rounded by 2^-7 / sqrt(12) at most,
+# each, 0.0039 in all.
+PLAN_ERROR = {"w4a4": 0.14, "w4a8": 0.04, "w4a16": 0.006}
 CODES_AT_TIES = 1  # what a code may differ by where two codes are equally near
 
 

@@ -51,6 +51,7 @@ class ArrangedLinear:
 
     N out, K in channels, R rank, h = dtype. On a CPU `weights` is all there is; on a card there are the others.
     A LoRA's bias and a live strength come by dataclasses.replace(linear, bias=..., rank_scales=...).
+    Raises ValueError for a bias or strengths that are not what the kernel reads.
     """
 
     plan: LinearPlan
@@ -68,6 +69,20 @@ class ArrangedLinear:
     qweight: Tensor | None = None  # records of codes and group scales, uint8
     outer: Tensor | None = None  # (N to 128,) fp32, one more scale per out channel
     proj_up: Tensor | None = None  # (N/128, R/16, 8, 32, 8) h
+
+    def __post_init__(self) -> None:
+        device = (self.rank_scales if self.qweight is None else self.qweight).device
+        for name, vector, size in (
+            ("rank_scales", self.rank_scales, self.rank // RANK_SLICE),
+            ("bias", self.bias, self.out_features),
+        ):
+            if vector is not None and (
+                vector.shape != (size,) or vector.dtype != torch.float32 or vector.device != device
+            ):
+                raise ValueError(
+                    f"svdq_linear: N {self.out_features} and rank {self.rank} take {name} ({size},) fp32 on "
+                    f"{device}, got {tuple(vector.shape)} {vector.dtype} on {vector.device}"
+                )
 
     @property
     def num_bytes(self) -> int:
@@ -167,11 +182,6 @@ def svdq_linear(act: QuantizedAct, linear: ArrangedLinear, epilogue: Epilogue) -
     Raises ValueError, before anything is launched, for what does not fit together.
     """
     check_act(act, linear.in_features, linear.rank, linear.format)
-    if tuple(linear.rank_scales.shape) != (linear.rank // RANK_SLICE,):
-        raise ValueError(
-            f"svdq_linear: rank {linear.rank} takes {linear.rank // RANK_SLICE} scales, "
-            f"got {tuple(linear.rank_scales.shape)}"
-        )
     if linear.weights is not None:
         return reference.svdq_linear_quantized(
             act,
@@ -182,15 +192,12 @@ def svdq_linear(act: QuantizedAct, linear: ArrangedLinear, epilogue: Epilogue) -
             rank_scales=linear.rank_scales,
             bias=linear.bias,
         )
-    m, n = act.num_tokens, linear.out_features
-    low_fixed = int(act.low is not None and act.low.dtype == torch.int64)
+    m, n, low = act.num_tokens, linear.out_features, act.low
+    low_fixed, low_stride = _check_read(act, linear)
     result, out_format, arguments = _finish(act, linear, epilogue)
     variant = _variant(
         linear.source, linear.defines, linear.dtype, EPILOGUES[type(epilogue)], low_fixed, out_format
     )
-    low = act.low
-    if low is not None and (low.stride(1) != 1 or low.stride(0) % 4):
-        raise ValueError(f"svdq_linear: columns of low must be neighbours, got strides {low.stride()}")
     if not m:
         return result
     grid, threads = _geometry(linear, m)
@@ -207,7 +214,7 @@ def svdq_linear(act: QuantizedAct, linear: ArrangedLinear, epilogue: Epilogue) -
         None if low is None else Strided(low),
         linear.proj_up,
         linear.rank_scales,
-        0 if low is None else low.stride(0),
+        low_stride,
         linear.rank,
         m,
         n,
@@ -312,6 +319,30 @@ def _multiprocessors(device: int) -> int:
     return count
 
 
+def _check_read(act: QuantizedAct, linear: ArrangedLinear) -> tuple[int, int]:
+    """Whether low is in fixed point, 0 or 1, and how far its rows stand apart.
+
+    Raises ValueError for what the kernel would take for other numbers, or read where no number begins.
+    """
+    codes, low = act.codes, act.low
+    wanted = linear.dtype if linear.format == "half" else torch.uint8
+    if codes.dtype != wanted or codes.data_ptr() % 16:
+        raise ValueError(
+            f"svdq_linear: codes must be {wanted} from a multiple of 16 bytes, "
+            f"got {tuple(codes.shape)} {codes.dtype} from byte {codes.data_ptr() % 16}"
+        )
+    if low is None:
+        return 0, 0
+    rows, columns = low.stride()
+    if columns != 1 or rows % 4 or low.data_ptr() % 16 or low.get_device() != linear.rank_scales.get_device():
+        raise ValueError(
+            f"svdq_linear: low must be on {linear.rank_scales.device}, its columns neighbours, its rows from "
+            f"multiples of 16 bytes; got {tuple(low.shape)} on {low.device} with strides {rows, columns} from "
+            f"byte {low.data_ptr() % 16}"
+        )
+    return int(low.dtype == torch.int64), rows
+
+
 def _finish(
     act: QuantizedAct, linear: ArrangedLinear, epilogue: Epilogue
 ) -> tuple[Tensor | QuantizedAct, int, tuple[Tensor | Strided | int | float | None, ...]]:
@@ -335,7 +366,7 @@ def _finish(
             ("cos", epilogue.cos, (m, HEAD_DIM // 2)),
             ("sin", epilogue.sin, (m, HEAD_DIM // 2)),
         ):
-            if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+            if tensor.shape != shape or tensor.dtype != torch.float32:
                 raise ValueError(
                     f"svdq_linear: {name} must be {shape} fp32, got {tuple(tensor.shape)} {tensor.dtype}"
                 )
@@ -343,7 +374,7 @@ def _finish(
     if isinstance(epilogue, GateResidual):
         gate, residual = epilogue.gate, epilogue.residual
         _check_rows("residual", residual, m, linear)
-        if tuple(gate.shape) != (n,) or gate.dtype not in (torch.float32, linear.dtype):
+        if gate.shape != (n,) or gate.dtype not in (torch.float32, linear.dtype):
             raise ValueError(
                 f"svdq_linear: gate must be ({n},) fp32 or {linear.dtype}, got {tuple(gate.shape)} {gate.dtype}"
             )
@@ -354,17 +385,19 @@ def _finish(
 
 def _check_rows(name: str, rows: Tensor, m: int, linear: ArrangedLinear) -> None:
     """A matrix that the kernel reads or writes 16 bytes at a time."""
-    shape = (m, linear.out_features)
+    shape, strides = (m, linear.out_features), rows.stride()
     if (
-        tuple(rows.shape) != shape
+        rows.shape != shape
         or rows.dtype != linear.dtype
-        or rows.stride(1) != 1
-        or rows.stride(0) % 8
+        or strides[1] != 1
+        or strides[0] % 8
         or rows.data_ptr() % 16
+        or rows.get_device() != linear.rank_scales.get_device()
     ):
         raise ValueError(
-            f"svdq_linear: {name} must be {shape} {linear.dtype}, rows contiguous from multiples of 16 bytes; "
-            f"got {tuple(rows.shape)} {rows.dtype} with strides {rows.stride()}"
+            f"svdq_linear: {name} must be {shape} {linear.dtype} on {linear.rank_scales.device}, rows contiguous "
+            f"from multiples of 16 bytes; got {tuple(rows.shape)} {rows.dtype} on {rows.device} with strides "
+            f"{strides}"
         )
 
 

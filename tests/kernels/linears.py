@@ -25,12 +25,13 @@ def random_linear(
     device: str = "cuda",
     shift: float = 0.0,
     outer: bool = True,
+    lowest: int = -8,
 ) -> SVDQuantWeights:
-    """Results of about 1, of which the low-rank branch is a third; codes of -8 and scales of 0 are among the codes.
+    """Results of about 1, of which the low-rank branch is a third; some group scales are 0.
 
-    outer: nvfp4 with wtscale and wcscales.
+    outer: nvfp4 with wtscale and wcscales. lowest: of int4's codes; w4a8 has no place for -8.
     """
-    g = torch.Generator(device).manual_seed(n * 31 + k)
+    g = torch.Generator(device).manual_seed(torch.initial_seed() + n * 31 + k)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, device=device)
@@ -41,8 +42,9 @@ def random_linear(
     wtscale: Tensor | None = None
     wcscales: Tensor | None = None
     if precision == "int4":
-        codes = torch.randint(-7, 8, (n, k), generator=g, device=device, dtype=torch.int8)
+        codes = torch.randint(lowest, 8, (n, k), generator=g, device=device, dtype=torch.int8)
         wscales = ((0.5 + uniform(n, k // 64)) * 0.22 / k**0.5).to(dtype)
+        wscales[uniform(n, k // 64) < 1 / 32] = 0
     else:
         codes = encode_e2m1(2.5 * normal(n, k))
         wscales = (448 * uniform(n, k // 16) ** 4).to(torch.float8_e4m3fn)  # subnormal ones and zeros among them
@@ -89,10 +91,10 @@ def random_input(
     return QuantizedAct(act.format, act.codes, act.scales, (act.low.double() * 2.0**LOW_FRACTION).round().long())
 
 
-def excess(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, where 1 is what is allowed: one unit in the last place of h, and sums in fp32."""
+def excess(found: Tensor, expected: Tensor, sums: float = SUMS) -> float:
+    """The largest difference, where 1 is what is allowed: one unit in the last place of h, and the sums' error."""
     found, expected, dtype = found.double(), expected.double(), found.dtype
-    allowed = RELATIVE[dtype] * expected.abs() + SUMS * expected.abs().max()
+    allowed = RELATIVE[dtype] * expected.abs() + sums * expected.abs().max()
     return float(((found - expected).abs() / allowed).nan_to_num(nan=1e9).max())
 
 

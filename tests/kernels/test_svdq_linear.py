@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.jit import ARCHITECTURES
+from engine.jit import ARCHITECTURES, current_arch, load, noted, sources
 from engine.kernels import svdq_linear as kernels
 from engine.reference.e2m1 import encode_e2m1
 from engine.reference.quantize_act import (
@@ -42,13 +43,24 @@ from engine.reference.svdq_linear import (
 )
 from tests.golden import golden
 from tests.kernels.act_targets import difference, poisoned, random_target  # noqa: F401
+from tests.kernels.emulated_nvfp4 import emulated_kernels
 from tests.kernels.golden_linears import GELU_SHIFT, golden_linear
 from tests.kernels.linears import differing, excess, hash_of, random_input, random_linear, target_of
-from tests.tolerances import RELATIVE, REROUNDED, largest_error, relative_error
+from tests.tolerances import (
+    CODES_FROM_SUMS,
+    PLAN_ERROR,
+    RELATIVE,
+    REROUNDED,
+    REROUNDED_E4M3,
+    SUMS,
+    SUMS_E4M3,
+    largest_error,
+    relative_error,
+)
 
 PRECISIONS: list[Precision] = ["int4", "nvfp4"]
-# Relative error of the layer's output on normal activations: 4 and 8 bit codes of them, or none.
-PLAN_ERROR: dict[LinearPlan, float] = {"w4a4": 0.14, "w4a8": 0.04, "w4a16": 1e-5}
+PLANS: list[LinearPlan] = ["w4a4", "w4a8", "w4a16"]
+ACT_FORMATS: list[ActFormat] = ["int4", "uint4", "e4m3", "nvfp4", "half"]
 
 
 def random_weights(precision: Precision, n: int = 96, k: int = 256, rank: int = 16) -> SVDQuantWeights:
@@ -79,15 +91,18 @@ def dense(x: Tensor, weights: SVDQuantWeights) -> Tensor:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("plan", list(PLAN_ERROR))
+@pytest.mark.parametrize("plan", PLANS)
 def test_every_plan_is_near_the_dense_linear(plan: LinearPlan, precision: Precision) -> None:
     weights, x = random_weights(precision), torch.randn(40, 256)
     error = relative_error(svdq_linear(x, weights, plan), dense(x, weights))
-    assert PLAN_ERROR[plan] / 10 < error < PLAN_ERROR[plan] or (plan == "w4a16" and error < PLAN_ERROR[plan])
+    if plan == "w4a16":  # fp32 here: nothing is rounded
+        assert error < RELATIVE[torch.float32]
+    else:
+        assert PLAN_ERROR[plan] / 10 < error < PLAN_ERROR[plan]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("plan", list(PLAN_ERROR))
+@pytest.mark.parametrize("plan", PLANS)
 def test_what_is_exact_in_few_bits_comes_out_exact(plan: LinearPlan, precision: Precision) -> None:
     """Activations that are codes already: then only the low-rank branch and the sums are left to go wrong."""
     weights = random_weights(precision)
@@ -100,7 +115,7 @@ def test_what_is_exact_in_few_bits_comes_out_exact(plan: LinearPlan, precision: 
     assert largest_error(found, dense(x, weights)) < RELATIVE[torch.float32]
 
 
-@pytest.mark.parametrize("plan", list(PLAN_ERROR))
+@pytest.mark.parametrize("plan", PLANS)
 def test_the_gelu_shift_changes_nothing_but_the_codes(plan: LinearPlan) -> None:
     """A bias that holds the correction for a shift: with it taken into account, the linear is the same one."""
     plain = random_weights("int4")
@@ -108,7 +123,7 @@ def test_the_gelu_shift_changes_nothing_but_the_codes(plan: LinearPlan) -> None:
     folded = plain.bias - GELU_SHIFT * (plain.residual() / plain.smooth_factor).sum(1)
     shifted = replace(plain, bias=folded, input_shift=GELU_SHIFT)
     x = F.gelu(torch.randn(40, 256), approximate="tanh")
-    assert relative_error(dense(x, shifted), dense(x, plain)) < 1e-6
+    assert relative_error(dense(x, shifted), dense(x, plain)) < RELATIVE[torch.float32]
     assert relative_error(svdq_linear(x, shifted, plan), dense(x, plain)) < PLAN_ERROR[plan]
 
 
@@ -117,14 +132,14 @@ def test_outer_scales_do_not_touch_the_low_rank_branch(precision: Precision) -> 
     weights = replace(random_weights(precision), bias=None)
     silent = replace(weights, wcscales=torch.zeros(96), wtscale=torch.tensor(1.0))
     x = torch.randn(4, 256)
-    for plan in PLAN_ERROR:
+    for plan in PLANS:
         low_rank = (x @ weights.proj_down) @ weights.proj_up.T
-        assert relative_error(svdq_linear(x, silent, plan), low_rank) < 1e-5
+        assert relative_error(svdq_linear(x, silent, plan), low_rank) < RELATIVE[torch.float32]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("plan", list(PLAN_ERROR))
+@pytest.mark.parametrize("plan", PLANS)
 def test_sixteen_bit_activations_cost_one_rounding(
     plan: LinearPlan, precision: Precision, dtype: torch.dtype
 ) -> None:
@@ -149,10 +164,14 @@ def test_tonfa_numerics_are_the_sum_of_the_docstring(precision: Precision) -> No
     assert weights.bias is not None
     rest = weights.bias[n] + (x @ weights.proj_down @ weights.proj_up.T)[0, n]
     expected = (ascales[0].float() * (p.view(-1, group) * w).sum(1)).sum() + rest
-    assert float(svdq_linear(x, weights, "w4a4")[0, n]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(svdq_linear(x, weights, "w4a4")[0, n]) == pytest.approx(
+        float(expected), rel=RELATIVE[torch.float32]
+    )
     codes, ascales = quantize_act_e4m3(x, weights.smooth_factor)
     expected = ascales[0] * (codes.float().view(-1, group) * w).sum() + rest
-    assert float(svdq_linear(x, weights, "w4a8")[0, n]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(svdq_linear(x, weights, "w4a8")[0, n]) == pytest.approx(
+        float(expected), rel=RELATIVE[torch.float32]
+    )
 
 
 @pytest.mark.parametrize(("layer", "x"), [("fc1", "fc1.x"), ("fc2", "mlp.gelu")])
@@ -201,13 +220,13 @@ def cpu_linear(plan: LinearPlan = "w4a4", n: int = 384, k: int = 128, shift: flo
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("plan", list(PLAN_ERROR))
+@pytest.mark.parametrize("plan", PLANS)
 def test_from_quantized_input_it_is_the_same_linear(plan: LinearPlan, precision: Precision) -> None:
     weights, x = random_weights(precision), torch.randn(40, 256)
     act = quantize_act(x, target_of(weights, plan, torch.float32))
     found = svdq_linear_quantized(act, weights, plan, Plain(), dtype=torch.float32)
     assert isinstance(found, Tensor)
-    assert relative_error(found, svdq_linear(x, weights, plan)) < 1e-5
+    assert relative_error(found, svdq_linear(x, weights, plan)) < RELATIVE[torch.float32]
 
 
 def test_the_epilogues_are_what_a_network_would_do_with_the_plain_result() -> None:
@@ -237,7 +256,7 @@ def test_the_epilogues_are_what_a_network_would_do_with_the_plain_result() -> No
     assert not joint[7:].any()
 
 
-@pytest.mark.parametrize("format", ["int4", "uint4", "e4m3", "nvfp4", "half"])
+@pytest.mark.parametrize("format", ACT_FORMATS)
 def test_gelu_and_quantize_is_the_next_linears_quantize_act(format: ActFormat) -> None:
     weights, target = cpu_linear(), random_target(format, 384, 16, torch.float32, "cpu")
     act = random_input(weights, "w4a4", 5, torch.float32)
@@ -249,12 +268,12 @@ def test_gelu_and_quantize_is_the_next_linears_quantize_act(format: ActFormat) -
     assert made.low is not None
     assert made.low.dtype == torch.int64
     assert expected.low is not None
-    assert largest_error(made.low * 2.0**-LOW_FRACTION, expected.low) < 1e-6
+    assert largest_error(made.low * 2.0**-LOW_FRACTION, expected.low) < RELATIVE[torch.float32]
     if format == "e4m3":  # one scale for all rows, fixed beforehand
         assert made.scales is not None
         assert torch.equal(made.scales, torch.full((5,), 0.01))
         inside = x / target.smooth_factor
-        assert relative_error(dequantize(made), inside.clamp(-4.48, 4.48)) < 0.04
+        assert relative_error(dequantize(made), inside.clamp(-4.48, 4.48)) < PLAN_ERROR["w4a8"]
     else:
         assert torch.equal(made.codes, expected.codes)
         assert made.scales is None or torch.equal(made.scales, expected.scales)  # type: ignore[arg-type]
@@ -271,7 +290,7 @@ def test_silent_ranks_are_not_read() -> None:
     scales = torch.tensor([1.0, 1.0, 0.0])
     found = svdq_linear_quantized(act, weights, "w4a4", Plain(), dtype=torch.float32, rank_scales=scales)
     assert isinstance(found, Tensor)
-    assert largest_error(found, expected) < 1e-6  # type: ignore[arg-type]
+    assert largest_error(found, expected) < RELATIVE[torch.float32]  # type: ignore[arg-type]
 
 
 def test_on_a_cpu_the_wrapper_is_the_reference_and_carries_branches() -> None:
@@ -289,7 +308,7 @@ def test_on_a_cpu_the_wrapper_is_the_reference_and_carries_branches() -> None:
     scaled = down * torch.tensor([2.0, 0.5]).repeat_interleave(16)
     assert isinstance(found, Tensor)
     assert isinstance(expected, Tensor)
-    assert relative_error(found, expected + x @ scaled @ up.T) < 1e-5
+    assert relative_error(found, expected + x @ scaled @ up.T) < RELATIVE[torch.float32]
 
 
 # ---- the order in which kernels read weights -------------------------------------------------------
@@ -395,11 +414,26 @@ def test_every_architecture_has_kernels_for_every_file(arch: str) -> None:
 # ---- on a card: as the reference, fed the same codes -----------------------------------------------
 
 H = {"bf16": torch.bfloat16, "fp16": torch.float16}
-CASES: dict[str, tuple[LinearPlan, Precision, float]] = {
-    "w4a4": ("w4a4", "int4", 0.0),
-    "w4a4-shifted": ("w4a4", "int4", GELU_SHIFT),
-    "w4a16-int4": ("w4a16", "int4", 0.0),
-    "w4a16-nvfp4": ("w4a16", "nvfp4", 0.0),
+
+
+class Case(NamedTuple):
+    """A kernel, and what it is given. Where its architecture lacks it, it is skipped; nvfp4's is emulated."""
+
+    source: str
+    plan: LinearPlan
+    precision: Precision
+    shift: float = 0.0
+
+
+NVFP4 = "svdq_linear.nvfp4"
+CASES = {
+    "w4a4": Case("svdq_linear.w4a4", "w4a4", "int4"),
+    "w4a4-shifted": Case("svdq_linear.w4a4", "w4a4", "int4", GELU_SHIFT),
+    "w4a8": Case("svdq_linear.w4a8_sm90", "w4a8", "int4"),
+    "w4a8-mma": Case("svdq_linear.w4a8", "w4a8", "int4"),
+    "w4a16-int4": Case("svdq_linear.w4a16", "w4a16", "int4"),
+    "w4a16-nvfp4": Case("svdq_linear.w4a16", "w4a16", "nvfp4"),
+    "nvfp4": Case(NVFP4, "w4a4", "nvfp4"),
 }
 FLUX = [(9216, 3072), (3072, 3072), (12288, 3072), (3072, 12288)]
 MINI = [(1536, 512), (512, 512), (2048, 512), (512, 2048)]
@@ -408,19 +442,53 @@ every_case = pytest.mark.parametrize("case", list(CASES))
 every_h = pytest.mark.parametrize("h", list(H))
 
 
+def runs_here(source: str) -> bool:
+    return source == NVFP4 or current_arch() in kernels.ARCHITECTURES_OF[source]
+
+
 @cache
 def on_card(
     case: str, h: str, n: int, k: int, rank: int = 32
 ) -> tuple[SVDQuantWeights, kernels.ArrangedLinear, LinearPlan]:
-    plan, precision, shift = CASES[case]
-    weights = random_linear(precision, n, k, rank, dtype=H[h], shift=shift)
-    return weights, kernels.arrange(weights, plan, H[h], _arch()), plan
+    source, plan, precision, shift = CASES[case]
+    if not runs_here(source):
+        pytest.skip(f"{source} does not run on sm_{current_arch()}")
+    lowest = -7 if plan == "w4a8" else -8
+    weights = random_linear(precision, n, k, rank, dtype=H[h], shift=shift, lowest=lowest)
+    return weights, kernels.arrange(weights, plan, H[h], current_arch(), source), plan
 
 
-def _arch() -> str:
-    from engine.jit import current_arch
+@pytest.fixture(scope="module", autouse=True)
+def _compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """All at once, on several threads, before the first test that launches one."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        if current_arch() not in kernels.ARCHITECTURES_OF[NVFP4]:
+            patch.setattr(sources, "KERNELS", emulated_kernels(tmp_path_factory.mktemp("emulated")))
+        with noted() as variants:
+            for case in (case for case in CASES if runs_here(CASES[case].source)):
+                for h, dtype in H.items():
+                    weights, linear, plan = on_card(case, h, 384, 64)
+                    for fixed in (False, True):
+                        act = random_input(weights, plan, 1, dtype, fixed=fixed)
+                        for end, epilogue in ends(1, 384, dtype).items():
+                            if not fixed or end in ("plain", "gate_residual"):
+                                kernels.svdq_linear(act, linear, epilogue)
+        load(variants)
+        yield
 
-    return current_arch()
+
+def ends(m: int, n: int, dtype: torch.dtype) -> dict[str, Epilogue]:
+    angle, norm = torch.rand(m, 64, device="cuda"), torch.rand(128, device="cuda")
+    gated = GateResidual(torch.rand(n, device="cuda"), torch.randn(m, n, device="cuda").to(dtype))
+    quantized = {
+        f"gelu_quantize_{format}": GeluQuantize(random_target(format, n, 32, dtype, "cuda"), 0.25, 0.01)
+        for format in ACT_FORMATS
+    }
+    turned = QKNormRope(norm, norm, angle.cos(), angle.sin())
+    return {"plain": Plain(), "gelu": Gelu(), "qk_norm_rope": turned, "gate_residual": gated, **quantized}
 
 
 def both_ways(
@@ -442,12 +510,17 @@ def both_ways(
     return found, expected
 
 
-def assert_as_reference(found: Tensor | QuantizedAct, expected: Tensor | QuantizedAct) -> None:
+def assert_as_reference(case: str, found: Tensor | QuantizedAct, expected: Tensor | QuantizedAct) -> None:
     assert isinstance(found, Tensor)
     assert isinstance(expected, Tensor)
     assert found.shape == expected.shape
-    assert excess(found, expected) <= 1
-    assert found.numel() < 10_000 or differing(found, expected) < REROUNDED[found.dtype]
+    assert excess(found, expected, sums_of(case)) <= 1
+    rerounded = REROUNDED_E4M3 if CASES[case].plan == "w4a8" else REROUNDED
+    assert found.numel() < 10_000 or differing(found, expected) < rerounded[found.dtype]
+
+
+def sums_of(case: str) -> float:
+    return SUMS_E4M3 if CASES[case].plan == "w4a8" else SUMS
 
 
 @pytest.mark.gpu
@@ -457,7 +530,7 @@ def assert_as_reference(found: Tensor | QuantizedAct, expected: Tensor | Quantiz
 @pytest.mark.parametrize("m", [1, 7, 256, 4096, 4608, 4613])
 def test_on_a_card_flux_shapes_are_the_references(case: str, h: str, m: int) -> None:
     for n, k in FLUX:
-        assert_as_reference(*both_ways(case, h, m, n, k))
+        assert_as_reference(case, *both_ways(case, h, m, n, k))
 
 
 @pytest.mark.gpu
@@ -467,16 +540,18 @@ def test_on_a_card_flux_shapes_are_the_references(case: str, h: str, m: int) -> 
 def test_on_a_card_small_and_odd_shapes_are_the_references(case: str, h: str) -> None:
     for n, k in MINI + ODD:
         for m in (1, 16, 77, 128, 129, 256, 333):
-            assert_as_reference(*both_ways(case, h, m, n, k))
+            assert_as_reference(case, *both_ways(case, h, m, n, k))
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
 @every_case
+@every_h
 @pytest.mark.parametrize("rank", [0, 16, 32, 80, 128, 1024])
 @pytest.mark.parametrize("fixed", [False, True], ids=["fp32", "integers"])
-def test_on_a_card_any_rank(case: str, rank: int, fixed: bool) -> None:
-    assert_as_reference(*both_ways(case, "bf16", 300, 640, 512, rank=rank, fixed=fixed))
+def test_on_a_card_any_rank(case: str, h: str, rank: int, fixed: bool) -> None:
+    for m, n, k in [(300, 640, 512), (77, 3072, 12288)]:
+        assert_as_reference(case, *both_ways(case, h, m, n, k, rank=rank, fixed=fixed))
 
 
 @pytest.mark.gpu
@@ -504,8 +579,8 @@ def test_on_a_card_q_and_k_are_normed_and_turned_into_their_place(case: str, h: 
         joints.append(torch.full((m + 40, 3 * c), 7.0, dtype=H[h], device="cuda"))
         return QKNormRope(norm_q, norm_k, angle.cos(), angle.sin(), joints[-1][30 : 30 + m])
 
-    assert_as_reference(*both_ways(case, h, m, 3 * c, c, epilogue))
-    assert_as_reference(joints[0], joints[1])
+    assert_as_reference(case, *both_ways(case, h, m, 3 * c, c, epilogue))
+    assert_as_reference(case, joints[0], joints[1])
     assert bool((joints[0][:30] == 7).all())
     assert bool((joints[0][30 + m :] == 7).all())
 
@@ -525,7 +600,7 @@ def test_on_a_card_the_gated_result_is_added(case: str, h: str, in_place: bool, 
             residual = stream.clone()
             return GateResidual(gate, residual, residual if in_place else None)
 
-        assert_as_reference(*both_ways(case, h, m, n, k, epilogue, fixed=True))
+        assert_as_reference(case, *both_ways(case, h, m, n, k, epilogue, fixed=True))
 
 
 @pytest.mark.gpu
@@ -538,7 +613,7 @@ def test_on_a_card_an_fp16_residual_stream_stays_in_range() -> None:
     assert bool(found.isfinite().all())
     assert float(found.max()) == 65504.0
     assert float(found.min()) == -65504.0
-    assert_as_reference(found, expected)
+    assert_as_reference("w4a16-int4", found, expected)
 
 
 @pytest.mark.gpu
@@ -549,16 +624,15 @@ def test_on_a_card_gelu(case: str, h: str) -> None:
     found, expected = both_ways(case, h, 333, 2048, 512, Gelu)
     assert isinstance(found, Tensor)
     assert isinstance(expected, Tensor)
-    assert (
-        excess(found, expected) <= 1
-    )  # the two formulas of tanh differ in its far tail, by nothing in absolute terms
+    # The two formulas of tanh differ in its far tail, by nothing in absolute terms, and round to other numbers.
+    assert excess(found, expected, sums_of(case)) <= 1
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
 @every_case
 @every_h
-@pytest.mark.parametrize("format", ["int4", "uint4", "e4m3", "nvfp4", "half"])
+@pytest.mark.parametrize("format", ACT_FORMATS)
 def test_on_a_card_gelu_and_quantize_is_bit_for_bit_what_comes_apart(case: str, h: str, format: ActFormat) -> None:
     for m, n, k in [(333, 2048, 512), (5, 192, 192), (1100, 12288, 3072)]:
         target = random_target(format, n, 48, H[h], "cuda", silent=(1,))
@@ -569,7 +643,8 @@ def test_on_a_card_gelu_and_quantize_is_bit_for_bit_what_comes_apart(case: str, 
         made = kernels.svdq_linear(act, linear, GeluQuantize(target, 0.25, 0.01))
         assert isinstance(made, QuantizedAct)
         if format == "e4m3":
-            codes, scales = quantize_act_e4m3(x, target.smooth_factor, scale=torch.full((m,), 0.26, device="cuda"))
+            own = act.scales if act.format == "e4m3" and act.scales is not None else torch.ones(m, device="cuda")
+            codes, scales = quantize_act_e4m3(x, target.smooth_factor, scale=0.25 * own + 0.01)
             expected = QuantizedAct(format, codes.view(torch.uint8), scales, None)
         else:
             expected = quantize_act(x, target)
@@ -581,13 +656,13 @@ def test_on_a_card_gelu_and_quantize_is_bit_for_bit_what_comes_apart(case: str, 
         low = made.low.double() * 2.0**-LOW_FRACTION
         assert bool((made.low[:, 16:32] == 0).all())  # a scale of 0: not computed
         for ranks in (slice(0, 16), slice(32, 48)):
-            assert largest_error(low[:, ranks], exact[:, ranks]) < 1e-5
+            assert largest_error(low[:, ranks], exact[:, ranks]) < RELATIVE[torch.float32]
         reference = svdq_linear_quantized(act, weights, plan, GeluQuantize(target, 0.25, 0.01), dtype=H[h])
         assert isinstance(reference, QuantizedAct)
         if format == "half":  # GELU and quotient are rounded one after the other; far out GELU is off by 1e-7
-            assert excess(made.codes, reference.codes) <= 2
+            assert excess(made.codes, reference.codes, sums_of(case)) <= 2
         else:
-            assert difference(made, reference).fraction < 0.02
+            assert difference(made, reference).fraction < CODES_FROM_SUMS
 
 
 @pytest.mark.gpu
@@ -597,15 +672,8 @@ def test_on_a_card_fifty_runs_have_one_result(case: str, end: str) -> None:
     m, n, k = 1111, 1536, 3072
     weights, linear, plan = on_card(case, "bf16", n, k)
     act = random_input(weights, plan, m, torch.bfloat16)
-    angle, norm = torch.rand(m, 64, device="cuda"), torch.rand(128, device="cuda")
-    stream = torch.randn(m, n, device="cuda").bfloat16()
-    epilogue: Epilogue = {
-        "plain": Plain(),
-        "gelu": Gelu(),
-        "qk_norm_rope": QKNormRope(norm, norm, angle.cos(), angle.sin()),
-        "gate_residual": GateResidual(torch.rand(n, device="cuda"), stream),
-        "gelu_quantize": GeluQuantize(random_target("uint4", n, 32, torch.bfloat16, "cuda")),
-    }[end]
+    end = end if end != "gelu_quantize" else "gelu_quantize_" + ("uint4" if act.format == "int4" else act.format)
+    epilogue = ends(m, n, torch.bfloat16)[end]
     assert len({hash_of(kernels.svdq_linear(act, linear, epilogue)) for _ in range(50)}) == 1
 
 
@@ -644,47 +712,46 @@ def test_on_a_card_loras_have_strengths_of_their_own_read_when_the_kernel_runs(c
         expected = svdq_linear_quantized(
             replace(act, low=low), logical, plan, Plain(), dtype=torch.bfloat16, rank_scales=scales
         )
-        assert_as_reference(found, expected)
+        assert_as_reference(case, found, expected)
         scales[2:] = torch.tensor([0.0, 1.5, 3.0], device="cuda")
-
-
-FC2_ERROR: dict[LinearPlan, float] = {"w4a4": 0.14, "w4a8": 0.04, "w4a16": 0.006}
 
 
 @pytest.mark.gpu
 def test_on_a_card_the_shift_is_part_of_w4a4_and_taken_out_of_the_bias_elsewhere() -> None:
-    """One fc2 by every plan, each near the dense linear; only w4a4 uses the stored bias and shifted codes."""
-    plain = random_linear("int4", 512, 2048, 32, shift=0.0)
+    """One fc2 by every plan, each near the dense linear and the better the more bits it has; only w4a4 uses the
+    stored bias and shifted codes."""
+    plain = random_linear("int4", 512, 2048, 32, lowest=-7)
     assert plain.bias is not None
     folded = plain.bias.float() - GELU_SHIFT * (plain.residual() / plain.smooth_factor.float()).sum(1)
     weights = replace(plain, bias=folded.bfloat16(), input_shift=GELU_SHIFT)
     x = F.gelu(torch.randn(64, 2048, device="cuda"), approximate="tanh").bfloat16()
     truth = dense(x.float(), weights)
     found: dict[LinearPlan, Tensor] = {}
-    for plan in FC2_ERROR:
-        if plan == "w4a8" and _arch() not in kernels.E4M3_ARCHITECTURES:
+    for plan in PLANS:
+        if plan == "w4a8" and current_arch() not in kernels.E4M3_ARCHITECTURES:
             continue
-        linear = kernels.arrange(weights, plan, torch.bfloat16, _arch())
+        linear = kernels.arrange(weights, plan, torch.bfloat16, current_arch())
         act = quantize_act(x, target_of(weights, plan, torch.bfloat16))
         assert act.format == linear.format == {"w4a4": "uint4", "w4a8": "e4m3", "w4a16": "half"}[plan]
         y = kernels.svdq_linear(act, linear, Plain())
         assert isinstance(y, Tensor)
-        assert relative_error(y, truth) < FC2_ERROR[plan]
+        assert relative_error(y, truth) < PLAN_ERROR[plan]
         found[plan] = y
-    for one, other in combinations(found, 2):
-        assert relative_error(found[one], found[other]) < FC2_ERROR[one] + FC2_ERROR[other]
+    for one, other in combinations(found, 2):  # from few bits to many
+        assert relative_error(found[one], found[other]) < PLAN_ERROR[one] + PLAN_ERROR[other]
+        assert relative_error(found[other], truth) < relative_error(found[one], truth)
 
 
 @pytest.mark.gpu
-def test_on_a_card_outer_scales_do_not_touch_the_low_rank_branch() -> None:
-    weights = replace(random_linear("nvfp4", 256, 256, 32), bias=None)
-    silent = replace(weights, wcscales=torch.zeros(256, device="cuda").bfloat16())
-    linear = kernels.arrange(silent, "w4a16", torch.bfloat16, _arch())
-    act = random_input(silent, "w4a16", 40, torch.bfloat16)
+@every_case
+def test_on_a_card_outer_scales_do_not_touch_the_low_rank_branch(case: str) -> None:
+    weights, arranged, plan = on_card(case, "bf16", 256, 256)
+    silent = replace(weights, wcscales=torch.zeros(256, device="cuda").bfloat16(), input_shift=0.0, bias=None)
+    linear = kernels.arrange(silent, plan, torch.bfloat16, current_arch(), arranged.source)
+    act = random_input(silent, plan, 40, torch.bfloat16)
     assert act.low is not None
     y = kernels.svdq_linear(act, linear, Plain())
-    assert isinstance(y, Tensor)
-    assert_as_reference(y, (act.low.bfloat16().float() @ silent.proj_up.float().T).bfloat16())
+    assert_as_reference(case, y, (act.low.bfloat16().float() @ silent.proj_up.float().T).bfloat16())
 
 
 @pytest.mark.gpu
@@ -702,40 +769,134 @@ def test_on_a_card_nvfp4_weights_are_exact_in_w4a16() -> None:
         torch.zeros(126 * 16, 0).cuda(),
     )
     for dtype in H.values():
-        linear = kernels.arrange(weights, "w4a16", dtype, _arch())
+        linear = kernels.arrange(weights, "w4a16", dtype, current_arch())
         act = QuantizedAct("half", torch.eye(64, dtype=dtype, device="cuda"), None, None)
         y = kernels.svdq_linear(act, linear, Plain())
         assert torch.equal(y, weights.residual().T.to(dtype))  # type: ignore[arg-type]
 
 
-@pytest.mark.gpu
-def test_on_a_card_bad_calls_say_their_numbers_before_anything_runs() -> None:
-    weights, linear, plan = on_card("w4a4", "bf16", 512, 512)
-    act = random_input(weights, plan, 8, torch.bfloat16)
-    run = kernels.svdq_linear
-    with pytest.raises(ValueError, match="width 512"):
-        run(random_input(on_card("w4a4", "bf16", 512, 2048)[0], plan, 8, torch.bfloat16), linear, Plain())
-    with pytest.raises(ValueError, match=r'"int4".*"half"'):
-        run(random_input(weights, "w4a16", 8, torch.bfloat16), linear, Plain())
-    with pytest.raises(ValueError, match="rank 32"):
+# ---- calls that do not fit -------------------------------------------------------------------------
+
+
+def arranged(
+    plan: LinearPlan, device: str
+) -> tuple[SVDQuantWeights, kernels.ArrangedLinear, QuantizedAct, Callable[..., object]]:
+    """Of 384 x 64 and rank 16, for any card; 8 tokens for it; and the call."""
+    weights = random_linear("int4", 384, 64, 16, device=device, lowest=-7)
+    linear = kernels.arrange(weights, plan, torch.bfloat16, "89")
+    return weights, linear, random_input(weights, plan, 8, torch.bfloat16), kernels.svdq_linear
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What would have been launched."""
+    calls: list[object] = []
+    monkeypatch.setattr(kernels, "launch", lambda variant, *_args, **_named: calls.append(variant))
+    return calls
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_input_of_another_kind_is_refused_with_its_numbers(plan: LinearPlan, launched: list[object]) -> None:
+    _, linear, act, run = arranged(plan, "cpu")
+    assert act.low is not None
+    with pytest.raises(ValueError, match=r"width 64, got .* width 128"):
+        run(
+            random_input(random_linear("int4", 384, 128, 16, device="cpu"), plan, 8, torch.bfloat16),
+            linear,
+            Plain(),
+        )
+    for other in PLANS:
+        if other != plan:
+            with pytest.raises(ValueError, match=f'"{linear.format}".*"{arranged(other, "cpu")[2].format}"'):
+                run(arranged(other, "cpu")[2], linear, Plain())
+    wrong, name = (torch.float16, r"\(8, 64\).*float16") if plan == "w4a16" else (torch.int32, r"\(8, \d+\).*int32")
+    with pytest.raises(ValueError, match=name):
+        run(replace(act, codes=act.codes.to(wrong)), linear, Plain())
+    with pytest.raises(ValueError, match="rank 16 takes low of that width, got 0"):
         run(replace(act, low=None), linear, Plain())
-    with pytest.raises(ValueError, match=r"\(8, 512\)"):
-        run(act, linear, Plain(torch.empty(8, 511, dtype=torch.bfloat16, device="cuda")))
-    with pytest.raises(ValueError, match="float16"):
-        run(act, linear, Plain(torch.empty(8, 512, dtype=torch.float16, device="cuda")))
-    with pytest.raises(ValueError, match=r"\(1, 8\)"):
-        run(act, linear, Plain(torch.empty(512, 8, dtype=torch.bfloat16, device="cuda").T))
-    with pytest.raises(ValueError, match="gate"):
-        run(act, linear, GateResidual(torch.ones(8, device="cuda"), torch.zeros(8, 512, device="cuda").bfloat16()))
-    table = torch.zeros(8, 64, device="cuda")
-    with pytest.raises(ValueError, match="512 rows"):
-        run(act, linear, QKNormRope(table[0], table[0], table, table))
-    with pytest.raises(ValueError, match="width 256"):
-        run(act, linear, GeluQuantize(random_target("int4", 256, 16, torch.bfloat16, "cuda")))
-    bare = ActTarget("int4", torch.ones(512), torch.zeros(512, 16).bfloat16(), torch.ones(1))
-    with pytest.raises(ValueError, match="not arranged"):
-        run(act, linear, GeluQuantize(bare))
-    with pytest.raises(ValueError, match="cpu"):
-        run(replace(act, codes=act.codes.cpu()), linear, Plain())
+    wide = torch.zeros(8, 20)
+    for low, name in (
+        (wide[:, 1:17], r"strides \(20, 1\).*byte 4"),
+        (torch.zeros(8, 18)[:, :16], r"strides \(18, 1\)"),
+        (torch.zeros(16, 8).T, r"strides \(1, 8\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"low.*\(8, 16\).*{name}"):
+            run(replace(act, low=low), linear, Plain())
+    assert not launched
+    run(replace(act, low=wide[:, 4:]), linear, Plain())
+    assert len(launched) == 1
+
+
+def test_bias_and_strengths_of_another_kind_are_refused_with_their_numbers() -> None:
+    _, linear, _, _ = arranged("w4a4", "cpu")
+    for bias in (torch.zeros(384).bfloat16(), torch.zeros(8), torch.zeros(384, 1)):
+        with pytest.raises(ValueError, match=r"N 384 .* bias \(384,\) fp32 .*, got \(\d+,( 1)?\)"):
+            replace(linear, bias=bias)
+    for scales in (torch.ones(1).half(), torch.ones(2), torch.ones(1, 1)):
+        with pytest.raises(ValueError, match=r"rank 16 .*rank_scales \(1,\) fp32 .*, got \(\d+,( 1)?\)"):
+            replace(linear, rank_scales=scales)
+
+
+def test_what_comes_after_must_fit_too(launched: list[object]) -> None:
+    _, linear, act, run = arranged("w4a4", "cpu")
+    stream = torch.zeros(8, 384).bfloat16()
+    for out, name in (
+        (stream[:, :383], r"\(8, 383\)"),
+        (stream.half(), "float16"),
+        (torch.zeros(384, 8).bfloat16().T, r"strides \(1, 8\)"),
+        (torch.zeros(8, 392).bfloat16()[:, 4:388], r"strides \(392, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"out must be \(8, 384\).*{name}"):
+            run(act, linear, Plain(out))
+        with pytest.raises(ValueError, match=rf"residual must be \(8, 384\).*{name}"):
+            run(act, linear, GateResidual(torch.ones(384), out))
+    for gate in (torch.ones(8), torch.ones(384).half(), torch.ones(1, 384)):
+        with pytest.raises(ValueError, match=r"gate must be \(384,\).*got \("):
+            run(act, linear, GateResidual(gate, stream))
+    table, norm = torch.zeros(8, 64), torch.zeros(128)
+    for bad in ((norm[:64], norm, table, table), (norm, norm, table.half(), table), (norm, norm, table, table[:7])):
+        with pytest.raises(ValueError, match=r"must be \(.*\) fp32, got \("):
+            run(act, linear, QKNormRope(*bad))
+    for target, name in (
+        (random_target("int4", 256, 16, torch.bfloat16, "cpu"), "width 384, got width 256"),
+        (ActTarget("int4", torch.ones(384), torch.zeros(384, 16).bfloat16(), torch.ones(1)), "not arranged"),
+        (random_target("int4", 384, 16, torch.float16, "cpu"), "float16"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            run(act, linear, GeluQuantize(target))
+    assert not launched
+    narrow = random_linear("int4", 128, 64, 16, device="cpu")
+    with pytest.raises(ValueError, match="128 rows"):
+        run(act, kernels.arrange(narrow, "w4a4", torch.bfloat16, "86"), QKNormRope(norm, norm, table, table))
+
+
+@pytest.mark.gpu
+def test_on_a_card_tensors_elsewhere_are_refused_by_name() -> None:
+    _, linear, act, run = arranged("w4a16", "cuda")
+    assert act.low is not None
+    stream, gate = torch.zeros(8, 384, device="cuda").bfloat16(), torch.ones(384, device="cuda")
+    norm, table = torch.ones(128, device="cuda"), torch.ones(8, 64, device="cuda")
+    for bad, end, name in (
+        (replace(act, codes=act.codes.cpu()), Plain(), r"\(8, 64\).* cpu"),
+        (replace(act, low=act.low.cpu()), Plain(), r"low.*\(8, 16\).* cpu"),
+        (act, Plain(stream.cpu()), r"out.*\(8, 384\).* cpu"),
+        (act, GateResidual(gate, stream.cpu()), r"residual.*\(8, 384\).* cpu"),
+        (act, GateResidual(gate.cpu(), stream), r"\(384,\).* cpu"),
+        (act, QKNormRope(norm, norm, table, table.cpu()), r"\(8, 64\).* cpu"),
+        (act, GeluQuantize(random_target("half", 384, 16, torch.bfloat16, "cpu")), r"\(384,\).* cpu"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            run(bad, linear, end)
+    for name, elsewhere in (("bias", torch.ones(384)), ("rank_scales", torch.ones(1))):
+        with pytest.raises(ValueError, match=rf"{name} \({elsewhere.shape[0]},\).* cpu"):
+            replace(linear, **{name: elsewhere})  # type: ignore[arg-type]
+    none = run(arranged("w4a16", "cuda")[2], linear, Plain())
+    assert tuple(none.shape) == (8, 384)  # type: ignore[attr-defined]
+
+
+@pytest.mark.gpu
+@every_case
+def test_on_a_card_no_tokens_make_an_empty_result(case: str) -> None:
+    weights, linear, plan = on_card(case, "bf16", 512, 512)
     none = kernels.svdq_linear(random_input(weights, plan, 0, torch.bfloat16), linear, Plain())
     assert tuple(none.shape) == (0, 512)  # type: ignore[union-attr]

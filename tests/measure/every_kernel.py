@@ -72,7 +72,8 @@ def linears(dtype: torch.dtype) -> None:
     for source, plan, precision, shift in PLANS:
         if arch not in ARCHITECTURES_OF[source]:
             continue
-        weights = random_linear(precision, N, K, 32, dtype=dtype, shift=shift)  # type: ignore[arg-type]
+        lowest = -7 if plan == "w4a8" else -8
+        weights = random_linear(precision, N, K, 32, dtype=dtype, shift=shift, lowest=lowest)  # type: ignore[arg-type]
         linear = svdq_linear.arrange(weights, plan, dtype, arch, source)
         own = ActTarget(
             format=linear.format,
