@@ -65,6 +65,7 @@ if TYPE_CHECKING:
 CANCELLED = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MOST_KEYS_SHOWN = 4  # of one reason; --json has them all
+CEILING_WORDS = {"memory": "memory", "matrix": "16-bit matrix", "fp8": "FP8 matrix"}
 KIND_WORDS = {
     "svdquant": "a network in 4 bits",
     "transformer": "a network in 16 bits",
@@ -427,10 +428,13 @@ def _human_doctor(result: Mapping[str, Any]) -> Iterator[str]:
 
 def _human_bench(result: Mapping[str, Any]) -> Iterator[str]:
     """A Markdown table, as docs/measured has them."""
-    copy, matrix = result["ceilings"]["copy_bytes_per_second"], result["ceilings"]["matrix_flops"]
+    copy, matrix, fp8 = (
+        result["ceilings"][name] for name in ("copy_bytes_per_second", "matrix_flops", "fp8_flops")
+    )
     yield (
         f"{result['card']} ({result['arch']}), torch {result['torch']}; copies {copy / 1e12:.2f} TB/s, multiplies "
-        f"{matrix / 1e12:.0f} TFLOP/s in 16 bit; plan {result['plan']}; medians in microseconds"
+        f"{matrix / 1e12:.0f} TFLOP/s in 16 bit{f', {fp8 / 1e12:.0f} in FP8' if fp8 else ''}; "
+        f"plan {result['plan']}; medians in microseconds"
     )
     yield ""
     yield "| operation | shape | ours | torch 16-bit | torch FP8 | of the ceiling |"
@@ -438,7 +442,7 @@ def _human_bench(result: Mapping[str, Any]) -> Iterator[str]:
     for one in result["kernels"]:
         beside = ("" if us is None else f"{us:.1f}" for us in (one["torch_us"], one["fp8_us"]))
         cells = [one["operation"], one["shape"], f"{one['us']:.1f}", *beside]
-        yield f"| {' | '.join(cells)} | {one['ceiling']:.0%} of {one['bound']} |"
+        yield f"| {' | '.join(cells)} | {one['ceiling']:.0%} of {CEILING_WORDS[one['bound']]} |"
     if result["steps"]:
         yield ""
         yield "| one denoising step | ms | weights GiB |"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from statistics import median
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,7 @@ PAUSE_CYCLES = 500_000
 ROTATED_BYTES = 256 * 2**20
 CEILING_SIZE = 8192
 T5_GROUP = 128
+Bound: TypeAlias = Literal["memory", "matrix", "fp8"]
 T = TypeVar("T")
 A = TypeVar("A", ArrangedLinear, ArrangedW4A16)
 MINI = FluxConfig(
@@ -72,8 +73,9 @@ class Workload:
 class KernelTime:
     """One operation at one shape. torch_us, fp8_us: torch's own at that shape, where it has one.
 
-    ceiling: the fraction of what the card reaches, of its copy bandwidth or of its 16-bit matrix rate, whichever
-    bounds such a product; above 1 where 8- or 4-bit units multiply faster than 16-bit ones can.
+    bound: the ceiling that is met first, the card's copy bandwidth or the rate of its matrix units; ceiling: the
+    fraction of it that was reached. e4m3 is held to the FP8 rate. torch cannot tell that of 4-bit integers, which
+    are held to the 16-bit one and may be above 1.
     """
 
     operation: str
@@ -82,7 +84,7 @@ class KernelTime:
     us: float
     torch_us: float | None
     fp8_us: float | None
-    bound: Literal["memory", "matrix"]
+    bound: Bound
     ceiling: float
 
 
@@ -97,10 +99,11 @@ class StepTime:
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """What the card reaches, measured: bytes read and written by a copy, 16-bit multiplications and additions."""
+    """What the card reaches, measured: bytes read and written by a copy, multiplications and additions by torch."""
 
     copy_bytes_per_second: float
-    matrix_flops: float
+    matrix_flops: float  # in 16 bit
+    fp8_flops: float | None  # None where torch has none
 
 
 def workload(shapes: Shapes) -> Workload:
@@ -181,8 +184,10 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     source, target = (torch.empty(ROTATED_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
     copy_us = microseconds(lambda _: target.copy_(source))
     a, b = (torch.randn(CEILING_SIZE, CEILING_SIZE, device=device).half() for _ in range(2))
-    product_us = microseconds(lambda _: a @ b, rounds=5)
-    return Ceilings(2 * ROTATED_BYTES / copy_us * 1e6, 2 * CEILING_SIZE**3 / product_us * 1e6)
+    wide_us, fp8_us = microseconds(lambda _: a @ b, rounds=5), fp8_products_us([a], [b], torch.float16)
+    flops = 2 * CEILING_SIZE**3 * 1e6
+    fp8_flops = None if fp8_us is None else flops / fp8_us
+    return Ceilings(2 * ROTATED_BYTES / copy_us * 1e6, flops / wide_us, fp8_flops)
 
 
 # ---------------------------------------------------------------------------------------------------- the kernels
@@ -205,12 +210,16 @@ class Case:
     is_linear: bool = False
     by_torch: Callable[[int], object] | None = None
 
-    def bound(self, us: float, ceilings: Ceilings) -> tuple[Literal["memory", "matrix"], float]:
+    def bound(self, us: float, ceilings: Ceilings) -> tuple[Bound, float]:
         """The ceiling it meets first, and how near it comes in `us` microseconds."""
         m, n, k = self.product or (0, 0, 0)
+        units: Bound = "matrix"
+        flops = ceilings.matrix_flops
+        if ceilings.fp8_flops is not None and self.is_linear and self.plan == "w4a8":
+            units, flops = "fp8", ceilings.fp8_flops
         memory = self.num_bytes / us * 1e6 / ceilings.copy_bytes_per_second
-        matrix = 2 * m * n * k / us * 1e6 / ceilings.matrix_flops
-        return ("memory", memory) if memory > matrix else ("matrix", matrix)
+        matrix = 2 * m * n * k / us * 1e6 / flops
+        return ("memory", memory) if memory > matrix else (units, matrix)
 
 
 def measure_kernels(
@@ -376,23 +385,23 @@ def num_bytes(held: Tensor | QuantizedAct) -> int:
 def torch_linears_us(
     m: int, n: int, k: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[float, float | None]:
-    """torch's own linear in 16 bit with a bias, and in FP8 with a scale per row and column where torch has that.
-
-    FP8's activations were quantized before.
-    """
+    """torch's own linear in 16 bit with a bias, and its FP8 product where it has that."""
 
     def random(rows: int) -> list[Tensor]:
         return in_turns(lambda: torch.randn(rows, k, device=device, dtype=dtype))
 
     inputs, weights, bias = random(m), random(n), torch.randn(n, device=device, dtype=dtype)
     wide_us = microseconds(lambda i: F.linear(turn(inputs, i), turn(weights, i), bias))
-    inputs, weights = ([one.to(torch.float8_e4m3fn) for one in many] for many in (inputs, weights))
-    ones = torch.ones(m, 1, device=device), torch.ones(1, n, device=device)
+    return wide_us, fp8_products_us(inputs, weights, dtype)
+
+
+def fp8_products_us(xs: list[Tensor], weights: list[Tensor], dtype: torch.dtype) -> float | None:
+    """x (M, K) @ weight (N, K).T, a scale per row and column; x was quantized before."""
+    xs, weights = ([one.to(torch.float8_e4m3fn) for one in many] for many in (xs, weights))
+    scales = torch.ones(len(xs[0]), 1, device=xs[0].device), torch.ones(1, len(weights[0]), device=xs[0].device)
     with contextlib.suppress(RuntimeError, NotImplementedError, ValueError):
-        return wide_us, microseconds(
-            lambda i: torch._scaled_mm(turn(inputs, i), turn(weights, i).T, *ones, out_dtype=dtype)
-        )
-    return wide_us, None
+        return microseconds(lambda i: torch._scaled_mm(turn(xs, i), turn(weights, i).T, *scales, out_dtype=dtype))
+    return None
 
 
 # -------------------------------------------------------------------------------------------------------- a step

@@ -577,11 +577,11 @@ def test_bench_is_a_table_for_people(capsys, models, monkeypatch):
 
     linear = {
         "operation": "svdq_linear, plain", "shape": "qkv, 288 x 512 -> 1536, rank 32", "plan": "w4a8", "us": 8.5,
-        "torch_us": 4.4, "fp8_us": None, "bound": "matrix", "ceiling": 0.07,
+        "torch_us": 4.4, "fp8_us": None, "bound": "fp8", "ceiling": 0.07,
     }  # fmt: skip
     result = {
         "card": "A card", "arch": "sm_90", "torch": "2.11", "plan": "w4a8", "shapes": "mini",
-        "ceilings": {"copy_bytes_per_second": 3e12, "matrix_flops": 7e14}, "kernels": [linear],
+        "ceilings": {"copy_bytes_per_second": 3e12, "matrix_flops": 7e14, "fp8_flops": None}, "kernels": [linear],
         "steps": [{"what": "w4a8, as a graph", "ms": 1.5, "weights_bytes": 2**30}],
     }  # fmt: skip
 
@@ -592,7 +592,7 @@ def test_bench_is_a_table_for_people(capsys, models, monkeypatch):
     monkeypatch.setattr(session.Engine, "_bench", measured)
     assert main(["bench", "--shapes", "mini"]) == 0
     told = capsys.readouterr().out
-    assert "| svdq_linear, plain | qkv, 288 x 512 -> 1536, rank 32 | 8.5 | 4.4 |  | 7% of matrix |" in told
+    assert "| svdq_linear, plain | qkv, 288 x 512 -> 1536, rank 32 | 8.5 | 4.4 |  | 7% of FP8 matrix |" in told
     assert "| w4a8, as a graph | 1.50 | 1.00 |" in told
     assert main(["bench", "--json"]) == 0
     jsonschema.validate(json.loads(capsys.readouterr().out.splitlines()[-1]), SCHEMA)

@@ -9,10 +9,11 @@ import torch
 
 from engine.device import choose_device
 from engine.jit import sources
+from engine.layers.svdquant_linear import LayerPlan
 from engine.pipelines import bench
 from engine.pipelines.bench import Case, Ceilings, Workload, kernel_cases, measured_plans, workload
 
-CEILINGS = Ceilings(copy_bytes_per_second=1e12, matrix_flops=1e14)
+CEILINGS = Ceilings(copy_bytes_per_second=1e12, matrix_flops=1e14, fp8_flops=2e14)
 
 
 @pytest.fixture
@@ -71,21 +72,23 @@ def test_all_of_it_runs_and_knows_what_it_moves(small: Workload, plan: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("product", "us", "bound", "fraction"),
+    ("plan", "product", "us", "bound", "fraction"),
     [
-        (None, 2.0, "memory", 0.5),
-        ((1, 1000, 1000), 4.0, "memory", 0.25),
-        ((1000, 1000, 1000), 40.0, "matrix", 0.5),
-        ((1000, 1000, 1000), 10.0, "matrix", 2.0),  # by 8 or 4 bits
+        ("w4a8", None, 2.0, "memory", 0.5),
+        ("w4a16", (1, 1000, 1000), 4.0, "memory", 0.25),
+        ("w4a16", (1000, 1000, 1000), 40.0, "matrix", 0.5),
+        ("w4a8", (1000, 1000, 1000), 40.0, "fp8", 0.25),
+        ("w4a4", (1000, 1000, 1000), 10.0, "matrix", 2.0),  # torch has no 4-bit products to measure
     ],
 )
 def test_the_ceiling_is_the_one_that_is_met_first(
-    product: tuple[int, int, int] | None, us: float, bound: str, fraction: float
+    plan: LayerPlan, product: tuple[int, int, int] | None, us: float, bound: str, fraction: float
 ) -> None:
-    case = Case("one", "shape", "w4a16", lambda _: None, 10**6, product)
+    case = Case("one", "shape", plan, lambda _: None, 10**6, product, is_linear=product is not None)
     found = case.bound(us, CEILINGS)
     assert found[0] == bound
     assert found[1] == pytest.approx(fraction)
+    assert replace(case, plan="w4a8").bound(us, replace(CEILINGS, fp8_flops=None))[0] in ("memory", "matrix")
 
 
 @pytest.mark.parametrize(
