@@ -34,6 +34,7 @@ CODES_FROM_SUMS = 0.02
 # most, 2^-3 / sqrt(12) = 0.036. w4a16 in bf16: input, weight and result are rounded by 2^-7 / sqrt(12) at most,
 # each, 0.0039 in all.
 PLAN_ERROR = {"w4a4": 0.14, "w4a8": 0.04, "w4a16": 0.006}
+STORED_ZEROS = 2e-3  # W4A16 files have -zero * scale in 16 bits: up to 15 levels, off by 2^-12 of that each in fp16
 CODES_AT_TIES = 1  # what a code may differ by where two codes are equally near
 
 

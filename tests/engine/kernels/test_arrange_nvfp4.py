@@ -4,15 +4,20 @@ Written from the PTX ISA: "Matrix fragments for mma.m16n8k64" (4-bit types) and 
 its figures on thread-id and byte-id. With kind::mxf4nvf4, scale_vec::4X and selectors {0, 0}: lane = 4 g + q, a
 word of scales is its four e4m3 bytes in order of k; the scales of row g come from the lane with q = 0, of row g +
 8 from q = 1, those of column g from q = 0. CUTLASS has the same:
-MMA_Traits<SM120::BLOCKSCALED::SM120_16x8x64_TN_VS>.
+MMA_Traits<SM120::BLOCKSCALED::SM120_16x8x64_TN_VS>. tests/kernels/emulated_nvfp4.py runs the source itself, on any
+card.
 """
 
 from __future__ import annotations
+
+import hashlib
+import re
 
 import pytest
 import torch
 from torch import Tensor
 
+from engine.jit.sources import KERNELS
 from engine.kernels._arrange_nvfp4 import pack_nvfp4
 from engine.reference.e2m1 import decode_e2m1
 from engine.reference.quantize_act import QuantizedAct, dequantize, pack_nibbles
@@ -125,3 +130,11 @@ def test_lanes_compute_the_reference_bit_for_bit(m: int, n: int, k: int) -> None
 def test_what_has_no_place_is_refused() -> None:
     with pytest.raises(ValueError, match=r"multiple of 64.*8, 80"):
         pack_nvfp4(weights_of(8, 80))
+
+
+def test_the_kernel_is_still_the_one_that_is_repeated_here() -> None:
+    """Whoever changes the instruction or E2M1Tile repeats that in `mma` and `kernel`, and then changes this."""
+    text = (KERNELS / "svdq_linear.nvfp4.cu").read_text("utf-8")
+    repeated = text[text.index("constexpr int ACT_BYTES") : text.index('extern "C"')]
+    code = re.sub(r"//.*|\s+", "", repeated)
+    assert hashlib.sha256(code.encode()).hexdigest()[:16] == "4e297ea119496ca6"
