@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from engine.jit import Variant, arch_of, launch
 from engine.reference.quantize_act import (
     K_STEP,
     NIBBLE_FORMATS,
-    RANK_SLICE,
     ActFormat,
     ActTarget,
     QuantizedAct,
@@ -66,17 +65,9 @@ def variants(operation: str, arch: str) -> list[Variant]:
 
 @dataclass(frozen=True, eq=False)
 class ArrangedTarget(ActTarget):
-    """A target for kernels: with proj_down in the orders that they read."""
+    """A target for kernels: with proj_down in the order that they read."""
 
     factors: Tensor | None = None  # (R/16, K/32, 2, 32, 8) h: A fragments of mma, 16 bytes a lane
-
-    @cached_property
-    def packed_down(self) -> Tensor:
-        """(R/16, K/32, 2, 32, 8) h: B fragments, for the GELU epilogue of a GEMM; made when first asked for."""
-        k, rank = self.proj_down.shape
-        # 16 ranks, tile of 8, rank, 32 channels, lane of a quad, channel
-        factors = self.proj_down.T.reshape(rank // RANK_SLICE, 2, 8, k // 32, 4, 8)
-        return factors.permute(0, 3, 1, 2, 4, 5).reshape(rank // RANK_SLICE, k // 32, 2, 32, 8).contiguous()
 
 
 @dataclass(frozen=True, slots=True)

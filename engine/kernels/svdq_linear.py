@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.jit import ARCHITECTURES, Strided, Variant, launch
 from engine.kernels import _arrange, _arrange_nvfp4, _arrange_w4a8
-from engine.kernels._quantize_rows import empty_codes
+from engine.kernels._quantize_rows import ArrangedTarget, empty_codes
 from engine.reference import svdq_linear as reference
 from engine.reference.quantize_act import RANK_SLICE, ActFormat, QuantizedAct
 from engine.reference.svdq_linear import (
@@ -405,10 +405,10 @@ def _finish_quantized(
     act: QuantizedAct, linear: ArrangedLinear, epilogue: GeluQuantize
 ) -> tuple[QuantizedAct, tuple[Tensor | Strided | int | float | None, ...]]:
     target, m, n, device = epilogue.target, act.num_tokens, linear.out_features, act.codes.device
-    if target.in_features != n or target.inverse_smooth is None or target.packed_down is None:
+    if target.in_features != n or not isinstance(target, ArrangedTarget):
         raise ValueError(
             f"svdq_linear: the next linear's target must be an arranged one of width {n}, "
-            f"got width {target.in_features}{'' if target.packed_down is not None else ', not arranged'}"
+            f"got width {target.in_features}{'' if isinstance(target, ArrangedTarget) else ', not arranged'}"
         )
     if target.proj_down.dtype != linear.dtype:
         raise ValueError(f"svdq_linear: the next proj_down must be {linear.dtype}, got {target.proj_down.dtype}")
@@ -420,7 +420,7 @@ def _finish_quantized(
         scales,
         target.smooth_factor,
         target.inverse_smooth,
-        target.packed_down,
+        target.factors,
         target.rank_scales,
         low,
         row_scales,

@@ -31,7 +31,7 @@ class ActTarget:
 
     K channels, R rank (a multiple of 16, 0..1024), h the network's 16-bit type (fp32 on a CPU). Linears that share
     one input and one smooth_factor share one target, their factors side by side along R.
-    On a card it is an `ArrangedTarget`, which adds the same numbers in the orders that kernels read.
+    On a card it is an `ArrangedTarget`, which adds the same numbers in the order that kernels read.
     Raises ValueError when shapes or dtypes do not fit together.
     """
 
@@ -78,10 +78,6 @@ class ActTarget:
     @property
     def rank(self) -> int:
         return self.proj_down.shape[1]
-
-    @property
-    def packed_down(self) -> Tensor | None:
-        return None
 
 
 @dataclass(frozen=True, eq=False)

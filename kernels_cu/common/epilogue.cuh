@@ -38,7 +38,7 @@ struct Epilogue {
   u8* codes;                      // (M, N) in OUT_FORMAT
   void* scales;                   // of OUT_FORMAT; e4m3: (M) fp32 written by the first columns
   const float *smooth, *inverse;  // (N) smooth_factor of the next linear, and 1 / smooth_factor
-  const uint4* next_down;         // (next_rank/16, N/32, 2, 32) x 16 bytes: packed_down of its ActTarget
+  const uint4* next_down;         // (next_rank/16, N/32, 2, 32) x 16 bytes: factors of its ArrangedTarget
   const float* next_rank_scales;  // (next_rank/16)
   unsigned long long* next_low;   // (M, next_rank) in units of 2^-28, zeroed: the sums are added
   const float* row_scales;        // (M) e4m3 only: a row's output scale is slope * row_scales[m] + offset
@@ -271,10 +271,10 @@ __device__ __forceinline__ void project_down(const u32 (&x)[4][2][4], int row0, 
       const u32 first[4] = {x[t][0][0], x[t][1][0], x[t][0][1], x[t][1][1]};
       const u32 second[4] = {x[t][0][2], x[t][1][2], x[t][0][3], x[t][1][3]};
 #pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
-        const uint4 b = __ldg(down + (2 * t + tile) * 32);
-        mma_h_k16(sums[tile], first, b.x, b.y);
-        mma_h_k16(sums[tile], second, b.z, b.w);
+      for (int i = 0; i < 2; ++i) {  // 16 channels: A fragments, of whose words two are B of 8 ranks
+        const uint4 a = __ldg(down + (2 * t + i) * 32);
+        mma_h_k16(sums[0], i ? second : first, a.x, a.z);
+        mma_h_k16(sums[1], i ? second : first, a.y, a.w);
       }
     }
 #pragma unroll
