@@ -34,6 +34,10 @@ CODES_FROM_SUMS = 0.02
 # most, 2^-3 / sqrt(12) = 0.036. w4a16 in bf16: input, weight and result are rounded by 2^-7 / sqrt(12) at most,
 # each, 0.0039 in all.
 PLAN_ERROR = {"w4a4": 0.14, "w4a8": 0.04, "w4a16": 0.006}
+REROUNDED_GEMV = 0.03  # REROUNDED of modulation_w4a16, which is off by 2^-16 of its largest result
+CANCELLED = 1e-4  # of what adds up to 0 in fp32, where bf16's codes stand 128 too high: 2^-20; one code: 2^-3
+FP16_ROUNDING = 2**-11  # what a rounding to fp16 changes, relative, at most
+SCORE_SUMS = 16  # attention_fp16's roundings of a score while it is summed over 128 channels: 8, and 16 on sm_75
 STORED_ZEROS = 2e-3  # W4A16 files have -zero * scale in 16 bits: up to 15 levels, off by 2^-12 of that each in fp16
 CODES_AT_TIES = 1  # what a code may differ by where two codes are equally near
 

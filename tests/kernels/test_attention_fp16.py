@@ -12,10 +12,9 @@ from torch import Tensor
 from engine.kernels import attention_fp16 as kernel
 from engine.kernels.attention_fp16 import attention_fp16
 from engine.reference import attention_fp16 as reference
-from tests.tolerances import RELATIVE, relative_error
+from tests.tolerances import FP16_ROUNDING as U
+from tests.tolerances import RELATIVE, SCORE_SUMS, relative_error
 
-U = 2**-11  # what a rounding to fp16 changes, relative, at most
-SCORE_SUMS = 16  # roundings of a score while it is summed over 128 channels: 8, and 16 on sm_75
 SHAPES = [
     (1, 2, 1), (2, 3, 77), (1, 1, 31), (1, 1, 33), (3, 1, 127), (1, 2, 129), (1, 2, 256), (1, 4, 320),
     (1, 24, 4608), (2, 3, 4613),

@@ -15,7 +15,7 @@ from engine.kernels.modulation_w4a16 import ArrangedModulation, arrange_modulati
 from engine.reference.linear_w4a16 import W4A16Weights
 from engine.reference.modulation_w4a16 import modulation_w4a16
 from tests.golden import GOLDEN, golden
-from tests.tolerances import RELATIVE, largest_error
+from tests.tolerances import CANCELLED, RELATIVE, REROUNDED_GEMV, largest_error
 
 FLUX, MINI = 3072, 512
 
@@ -128,8 +128,7 @@ def test_agrees_with_the_reference(rows: int, channels: int, splits: int, batch:
     assert found.shape == wanted.shape == (batch, splits, rows // splits)
     assert torch.isfinite(found).all()
     assert largest_error(found, wanted) < RELATIVE[dtype]
-    # Before the rounding: 2^-16 of the largest result, so at most a few per cent are rounded the other way.
-    assert float((found != wanted).float().mean()) < 0.03
+    assert float((found != wanted).float().mean()) < REROUNDED_GEMV
 
 
 @pytest.mark.gpu
@@ -139,7 +138,7 @@ def test_zeros_are_exact_where_codes_and_zeros_cancel(dtype: torch.dtype) -> Non
     weights = replace(weights, codes=torch.full_like(weights.codes, 8), zeros=-8 * weights.scales, bias=None)
     x = torch.randn(3, 256, device="cuda").to(dtype)
     found = poisoned_modulation(x, arrange_modulation(weights), 6)
-    assert float(found.abs().max()) < 1e-4 * float(
+    assert float(found.abs().max()) < CANCELLED * float(
         (8 * weights.scales.float()).max() * x.float().abs().sum(1).max()
     )
 
