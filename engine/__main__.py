@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -389,9 +390,9 @@ def _human_inspect(result: Mapping[str, Any]) -> Iterator[str]:
         ranks = ", ".join(f"rank {rank} in {count}" for rank, count in result["ranks"].items())
         yield f"Layers       {result['layers']}{f'; {ranks}' if ranks else ''}"
     yield f"Usable       {'yes' if result['usable'] else 'no'}{': ' if result['reason'] else ''}{result['reason']}"
-    if result["plans"]:
-        runs = ", ".join(f"{count} by {plan}" for plan, count in result["plans"].items())
-        yield f"Runs here    {runs}"
+    for plan, count in result["plans"].items():
+        layers = [name for name, runs in result["plan_of_layer"].items() if runs == plan]
+        yield f"Runs {plan:<8}{count}: {', '.join(_grouped(layers, result['plan_of_layer']))}"
     if result["keys_used"]:
         yield f"Tensors used {result['keys_used']}"
     reasons: dict[str, list[str]] = {}
@@ -400,6 +401,18 @@ def _human_inspect(result: Mapping[str, Any]) -> Iterator[str]:
     for why, keys in reasons.items():
         more = f" and {len(keys) - MOST_KEYS_SHOWN} more" if len(keys) > MOST_KEYS_SHOWN else ""
         yield f"Not used     {', '.join(keys[:MOST_KEYS_SHOWN])}{more}: {why}"
+
+
+def _grouped(layers: Sequence[str], plans: Mapping[str, str]) -> list[str]:
+    """Names of layers, one with * for all blocks that agree."""
+    groups: dict[str, list[str]] = {}
+    for name in plans:
+        groups.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
+    shown = []
+    for pattern, names in groups.items():
+        here = [name for name in names if name in layers]
+        shown += [pattern] if len(here) == len(names) else here
+    return shown
 
 
 def _human_doctor(result: Mapping[str, Any]) -> Iterator[str]:

@@ -367,19 +367,19 @@ def lora_targets(network: Flux) -> dict[str, list[LoraTarget]]:
 
 def stored_plans(
     file: SafetensorsFile, config: FluxConfig, plan: LayerPlan, weight_only: Collection[str] = ()
-) -> dict[str, int]:
-    """How many linears of a file would run by which plan, as `plan_counts` of the network; by its header alone.
+) -> dict[str, str]:
+    """By which plan each linear would run, by its name in the file, 16-bit ones by the network's; from the header.
 
     weight_only: prefixes of layers that run w4a16 whatever the plan.
     """
-    counts: dict[str, int] = {}
+    plans: dict[str, str] = {}
     for names in linears_of(config):
-        prefixes = [one for one in (names.public, names.public_v2) if f"{one}.qweight" in file.tensors]
-        runs: str = "bf16"
-        if prefixes:
-            runs = "w4a16" if names.kind == "modulation" or prefixes[0] in weight_only else plan
-        counts[runs] = counts.get(runs, 0) + 1
-    return counts
+        prefix = next((one for one in (names.public, names.public_v2) if f"{one}.qweight" in file.tensors), None)
+        if prefix is None:
+            plans[names.name] = "bf16"
+        else:
+            plans[prefix] = "w4a16" if names.kind == "modulation" or prefix in weight_only else plan
+    return plans
 
 
 def plan_counts(network: Flux) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def _layers_of(model: ModelCard) -> dict[str, Any] | None:
         transformer = read_transformer(read_bundle(Path(model.folder)))
     except ProblemError:
         return None  # generate and inspect say why
-    plans = plans_here(transformer.file, transformer.config)
+    plans = dict(Counter(plans_here(transformer.file, transformer.config).values()))
     return {"name": model.name, "precision": transformer.precision or "16-bit", "plans": plans}
 
 

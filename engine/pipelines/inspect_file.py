@@ -37,7 +37,8 @@ class _Report:
     precision: str | None = None
     ranks: dict[str, int] = field(default_factory=dict)
     layers: int = 0
-    plans: dict[str, int] = field(default_factory=dict)  # on this machine
+    plans: dict[str, int] = field(default_factory=dict)  # on this machine: how many layers
+    plan_of_layer: dict[str, str] = field(default_factory=dict)
     usable: bool = False
     reason: str = ""
     keys_used: int = 0
@@ -130,12 +131,13 @@ def _transformer(file: SafetensorsFile, check: Callable[[], None]) -> _Report:
     if odd:
         others = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
         report.reason = f"{odd[0]}{others} with a code of -8 run w4a16 where the others run w4a8"
-    report.plans = plans_here(file, config, odd)
+    report.plan_of_layer = plans_here(file, config, odd)
+    report.plans = dict(Counter(report.plan_of_layer.values()))
     return report
 
 
-def plans_here(file: SafetensorsFile, config: FluxConfig, odd: Collection[str] = ()) -> dict[str, int]:
-    """How many linears run by which plan on the device that "auto" is. odd: layers with a code of -8."""
+def plans_here(file: SafetensorsFile, config: FluxConfig, odd: Collection[str] = ()) -> dict[str, str]:
+    """By which plan each linear runs on the device that "auto" is. odd: layers with a code of -8."""
     precision = precision_of(file)
     plan = choose_plan(choose_device(), precision, "auto").plan
     return stored_plans(file, config, plan, odd if plan == "w4a8" else ())

@@ -562,6 +562,9 @@ def test_inspect_names_a_layer_with_a_code_of_minus_eight(tonfa, models, tmp_pat
     write_safetensors(tmp_path / "odd.safetensors", tensors, dict(file.metadata))
     result = tonfa("inspect", "odd.safetensors")[1]
     assert result["plans"] == {"bf16": 10, "w4a16": 5, "w4a8": 15}
+    assert result["plan_of_layer"][prefix] == "w4a16"
+    assert result["plan_of_layer"]["single_transformer_blocks.1.qkv_proj"] == "w4a8"
+    assert len(result["plan_of_layer"]) == 30
     assert result["reason"].startswith(prefix)
     assert "w4a16" in result["reason"]
     assert tonfa("inspect", source)[1]["plans"] == {"bf16": 10, "w4a16": 4, "w4a8": 16}
