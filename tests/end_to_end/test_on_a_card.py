@@ -96,10 +96,12 @@ print(engine.card_lost)
     (tmp_path / "crash.cu").write_text(
         'extern "C" __global__ void crash(float* x, int n) { x[n * 1000000000000ll] = 1; }'
     )
-    told, lost = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", f"FOLDER = {str(tmp_path)!r}\n{code}"],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True, timeout=120,
-    ).stdout.splitlines()  # fmt: skip
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told, lost = done.stdout.splitlines()
     assert told.startswith("The graphics card could not do its work.")
     assert "llegal" in told
     assert "crash, grid (2,), block (32,)" in told
