@@ -6,10 +6,10 @@ On the processor test_prompt_to_picture.py holds the same promises.
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,7 +98,7 @@ print(engine.card_lost)
     )
     done = subprocess.run(
         [sys.executable, "-c", f"FOLDER = {str(tmp_path)!r}\n{code}"],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     told, lost = done.stdout.splitlines()
