@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -225,38 +226,35 @@ def svdq_linear(act: QuantizedAct, linear: ArrangedLinear, epilogue: Epilogue) -
 
 
 def variants(arch: str) -> list[Variant]:
-    """What can be launched on an architecture: every plan it has, every epilogue a model uses behind it."""
+    """What a model can launch on an architecture: every plan it has, every type of scales, every end behind it."""
     dtypes = [torch.float16] if arch == "75" else [torch.bfloat16, torch.float16]
     found: list[Variant] = []
-    for source, architectures in ARCHITECTURES_OF.items():
-        if arch not in architectures:
-            continue
-        for defines in _DEFINES[source]:
-            unsigned = dict(defines).get("ACT_UNSIGNED", 0)
-            next_format = FORMATS[_NEXT_FORMAT[source]]
-            for dtype in dtypes:
-                # (epilogue, low as fixed point): qkv, out and fc2 by either road, fc1
-                ends = [(0, 0), (2, 0), (2, 1)] if unsigned else [(0, 0), (1, 0), (2, 0), (2, 1), (3, 0), (4, 0)]
-                found += [
-                    _variant(source, defines, dtype, end, fixed, next_format if end == 3 else -1)
-                    for end, fixed in ends
-                ]
+    for source in (source for source, architectures in ARCHITECTURES_OF.items() if arch in architectures):
+        for defines, dtype in product(_DEFINES[source], dtypes):
+            # (epilogue, low as fixed point, format): qkv, out and fc2 by either road, fc1
+            ends = [(0, 0, -1), (2, 0, -1), (2, 1, -1)]
+            if ("ACT_UNSIGNED", 1) not in defines:
+                ends += [(1, 0, -1), (4, 0, -1), *((3, 0, FORMATS[format]) for format in _NEXT_FORMATS[source])]
+            found += [_variant(source, defines, dtype, *end) for end in ends]
     return found
 
 
+_SCALE_TYPES: list[tuple[tuple[str, int], ...]] = [
+    (("SCALE_TYPE", number),) for number in _arrange_w4a8.SCALE_TYPES.values()
+]
 _DEFINES: dict[str, list[tuple[tuple[str, int], ...]]] = {
     "svdq_linear.w4a4": [(("ACT_UNSIGNED", 0),), (("ACT_UNSIGNED", 1),)],
-    "svdq_linear.w4a8": [(("SCALE_TYPE", 1),)],
-    "svdq_linear.w4a8_sm90": [(("SCALE_TYPE", 1),)],
+    "svdq_linear.w4a8": _SCALE_TYPES,
+    "svdq_linear.w4a8_sm90": _SCALE_TYPES,
     "svdq_linear.nvfp4": [()],
     "svdq_linear.w4a16": [(("WEIGHTS", 0),), (("WEIGHTS", 1),)],
 }
-_NEXT_FORMAT: dict[str, ActFormat] = {
-    "svdq_linear.w4a4": "uint4",
-    "svdq_linear.w4a8": "e4m3",
-    "svdq_linear.w4a8_sm90": "e4m3",
-    "svdq_linear.nvfp4": "nvfp4",
-    "svdq_linear.w4a16": "half",
+_NEXT_FORMATS: dict[str, list[ActFormat]] = {
+    "svdq_linear.w4a4": ["uint4", "int4"],  # of an fc2 with a shift, and without
+    "svdq_linear.w4a8": ["e4m3"],
+    "svdq_linear.w4a8_sm90": ["e4m3"],
+    "svdq_linear.nvfp4": ["nvfp4"],
+    "svdq_linear.w4a16": ["half"],
 }
 
 
