@@ -314,6 +314,13 @@ def test_on_a_cpu_the_wrapper_is_the_reference_and_carries_branches() -> None:
 # ---- the order in which kernels read weights -------------------------------------------------------
 
 
+@pytest.mark.parametrize("lowest", [-8, -7])
+def test_random_linears_have_all_codes_and_silent_groups(lowest: int) -> None:
+    weights = random_linear("int4", 200, 192, 16, device="cpu", lowest=lowest)
+    assert weights.codes.unique().tolist() == list(range(lowest, 8))
+    assert 0 < int((weights.wscales == 0).sum()) < 60  # of 600
+
+
 def test_records_of_w4a4_hold_codes_and_scales_where_the_kernel_looks() -> None:
     weights = random_linear("int4", 200, 192, 16, device="cpu")
     linear = kernels.arrange(weights, "w4a4", torch.bfloat16, "86")
