@@ -143,12 +143,14 @@ def synchronize() -> None:
 
 
 def launched_last() -> str:
-    """The last launches: an error that a kernel makes while it runs is reported by a later call."""
+    """The last launches: an error that a kernel makes while it runs is reported by a later call, maybe much later."""
     lines = [
         f"{variant}, grid {grid}, block {block}, arguments {', '.join(map(str, values))}"
         for variant, grid, block, values in reversed(_recent)
     ]
-    return "Launched last: " + "; ".join(lines) if lines else "Nothing was launched."
+    if not lines:
+        return "Nothing was launched."
+    return "Launched last (with CUDA_LAUNCH_BLOCKING=1 the one that fails comes first): " + "; ".join(lines)
 
 
 def is_lost() -> bool:
