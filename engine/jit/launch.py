@@ -143,7 +143,7 @@ def synchronize() -> None:
 
 
 def launched_last() -> str:
-    """The last launches: an error that a kernel makes while it runs is reported by a later call, maybe much later."""
+    """The last launches: an error that a kernel makes while it runs is reported by a later call, or much later."""
     lines = [
         f"{variant}, grid {grid}, block {block}, arguments {', '.join(map(str, values))}"
         for variant, grid, block, values in reversed(_recent)

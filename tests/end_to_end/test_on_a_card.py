@@ -97,9 +97,10 @@ print(engine.card_lost)
     (tmp_path / "crash.cu").write_text(
         'extern "C" __global__ void crash(float* x, int n) { x[n * 1000000000000ll] = 1; }'
     )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_LAUNCH_BLOCKING": blocking}
     done = subprocess.run(
         [sys.executable, "-c", f"FOLDER = {str(tmp_path)!r}\n{code}"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_LAUNCH_BLOCKING": blocking}, capture_output=True, text=True, timeout=120,
+        env=environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     *lines, lost = done.stdout.splitlines()
