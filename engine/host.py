@@ -34,6 +34,7 @@ from engine.problems import ProblemError, internal_error
 from engine.requests import ImageRequest, Request
 
 DETAIL_LINES = 40  # of the child's standard error, kept for the problem's details
+CARD_LOST = 4  # exit code of a child whose card failed for good
 _CHILD = "from engine.host import serve; serve()"
 
 
@@ -242,6 +243,8 @@ class _Child:
                 self._running = None
                 self._changed.notify_all()
             self._send(task.job, final or Failed(internal_error("The job ended without a result.")))
+            if self._engine.card_lost:
+                os._exit(CARD_LOST)  # only another process can use the card again
 
     def _read_commands(self) -> None:
         try:

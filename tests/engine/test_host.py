@@ -144,6 +144,18 @@ def test_a_dead_child_is_told_once_and_for_all_and_can_be_started_again(host, mo
     assert isinstance(finals(events_until(host, {42}))[42], Finished)
 
 
+def test_a_child_that_lost_its_card_says_what_happened_and_then_ends(monkeypatch, tmp_path):
+    ruined = "import engine.jit; engine.jit.is_lost = lambda: True; from engine.host import serve; serve()"
+    monkeypatch.setattr("engine.host._CHILD", ruined)
+    host = Host()
+    host.start()
+    host.submit(51, InspectRequest(str(tmp_path / "missing.safetensors")))
+    assert isinstance(finals(events_until(host, {51}))[51], Failed)
+    with pytest.raises(EngineStopped, match="Exit code 4"):
+        events_until(host, {52})
+    host.close()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_a_crash_tells_where_it_was(host):
     assert host.pid is not None
