@@ -3,7 +3,8 @@
 Prints a markdown table for this card: median microseconds of a launch inside a CUDA graph, by CUDA events; every
 launch has buffers of its own, 256 MB of them in turn, or 200 where they are small. "copy" moves as many bytes as
 the kernel reads and writes, measured in the same run. "unfused" is the kernel at rank 0 and torch's matmul for the
-low-rank product. PLAN: w4a4, w4a8, nvfp4, w4a16; without one, all that the card's architecture has.
+low-rank product. Rank 64 is FLUX's single block, where two linears share one input. PLAN: w4a4, w4a8, nvfp4, w4a16;
+without one, all that the card's architecture has.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ MOST_LAUNCHES = 200  # of one graph
 REPEATS = 15
 SHAPES = ((4608, 3072), (4608, 12288), (256, 3072), (1, 3072), (256, 512), (256, 2048))
 RANK = 32
+SHARED = (4608, 3072, 64)  # modulate_quantize in front of two linears
 
 
 def median_us(work: Callable[[int], object], launches: int) -> float:
@@ -74,8 +76,8 @@ def random_target(format: ActFormat, k: int, rank: int) -> ActTarget:
     )
 
 
-def row(operation: str, format: ActFormat, m: int, k: int) -> str:
-    plain, ranked = random_target(format, k, 0), random_target(format, k, RANK)
+def row(operation: str, format: ActFormat, m: int, k: int, rank: int) -> str:
+    plain, ranked = random_target(format, k, 0), random_target(format, k, rank)
     shift, scale = torch.randn(2, k, device="cuda").bfloat16().unbind()
 
     def one(x: Tensor, target: ActTarget) -> QuantizedAct:
@@ -92,22 +94,23 @@ def row(operation: str, format: ActFormat, m: int, k: int) -> str:
     fused = median_us(lambda i: one(inputs[i], ranked), launches)
     unfused = median_us(lambda i: (one(inputs[i], plain), inputs[i] @ ranked.proj_down), launches)
     return (
-        f"| {operation} {format} | {m} x {k} | {total / 1e6:.1f} | {copied:.1f} | {at_rank_0:.1f} | {fused:.1f} "
-        f"| {unfused:.1f} | {fused / copied:.2f} |"
+        f"| {operation} {format} | {m} x {k} | {rank} | {total / 1e6:.1f} | {copied:.1f} | {at_rank_0:.1f} "
+        f"| {fused:.1f} | {unfused:.1f} | {fused / copied:.2f} |"
     )
 
 
 def main() -> None:
     plans = sys.argv[1:] or [plan for plan, archs in ARCHITECTURES_OF.items() if current_arch() in archs]
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, bf16, microseconds")
-    print(f"\n| kernel | M x K | MB | copy | rank 0 | rank {RANK} fused | rank {RANK} unfused | fused / copy |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("\n| kernel | M x K | rank | MB | copy | at rank 0 | fused | unfused | fused / copy |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for operation in ("quantize_act", "modulate_quantize"):
         load(variants(operation, current_arch()))
         for format, plan in PLANS.items():
             if plan in plans and not (operation == "modulate_quantize" and format == "uint4"):
-                for m, k in SHAPES:
-                    print(row(operation, format, m, k), flush=True)
+                shapes = [(m, k, RANK) for m, k in SHAPES] + [SHARED] * (operation == "modulate_quantize")
+                for m, k, rank in shapes:
+                    print(row(operation, format, m, k, rank), flush=True)
 
 
 if __name__ == "__main__":
