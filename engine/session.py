@@ -97,7 +97,7 @@ class Engine:
         self._model: LoadedModel | None = None
         self._model_key: tuple[object, ...] = ()
         self._cancelled: set[int] = set()
-        self.card_lost = False  # a kernel failed, and this process can use no card any more
+        self.card_failure = ""  # what a kernel did, if this process can use no card any more
 
     # ------------------------------------------------------------------------------------------------ the door
 
@@ -113,8 +113,10 @@ class Engine:
             except _Stopped:
                 final = Cancelled()
             except Exception as error:
-                final = Failed(_problem_of(error))
-                self.card_lost |= jit.is_lost()
+                self.card_failure = jit.card_failure()
+                final = Failed(
+                    _card_failed(f"{error}\n{self.card_failure}") if self.card_failure else _problem_of(error)
+                )
         self._cancelled.discard(job)
         if not isinstance(final, Finished):
             gc.collect()  # what the stopped work held goes back before the next one is planned
@@ -544,8 +546,6 @@ def _problem_of(error: Exception) -> Problem:
             return _out_of_memory(str(error))
         case jit.KernelError():
             return _card_failed(str(error))
-        case torch.AcceleratorError():  # torch came upon what a kernel had done
-            return _card_failed(f"{str(error).splitlines()[0]}. {jit.launched_last()}")
         case RuntimeError() if memory.NO_MEMORY_WORDS in str(error):
             return _out_of_memory(str(error))
     return internal_error("".join(traceback.format_exception(error)))

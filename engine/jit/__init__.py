@@ -7,7 +7,7 @@ A `Variant` names a source in kernels_cu and its defines; `prepare` compiles a m
 from __future__ import annotations
 
 from engine.jit.compile import Compiled, compile_cubin, compiled, prepare, set_cache_folder
-from engine.jit.launch import Strided, current_arch, is_lost, launch, launched_last, load, noted, synchronize
+from engine.jit.launch import Strided, card_failure, current_arch, launch, load, noted, synchronize
 from engine.jit.sources import ARCHITECTURES, KernelError, Variant, arch_of, kernels_version
 
 __all__ = [
@@ -17,13 +17,12 @@ __all__ = [
     "Strided",
     "Variant",
     "arch_of",
+    "card_failure",
     "compile_cubin",
     "compiled",
     "current_arch",
-    "is_lost",
     "kernels_version",
     "launch",
-    "launched_last",
     "load",
     "noted",
     "prepare",

@@ -99,7 +99,9 @@ def launch(variant: Variant, grid: Dim, block: Dim, *args: Argument, shared_byte
             _enter(index)
             code = kernel.call()
     if code:
-        raise KernelError(f"{_call(variant, grid, block, shared_bytes, args)}: {_name_of(code)}. {launched_last()}")
+        raise KernelError(
+            f"{_call(variant, grid, block, shared_bytes, args)}: {_name_of(code)}. {_launched_last()}"
+        )
 
 
 def load(variants: Iterable[Variant]) -> None:
@@ -139,10 +141,10 @@ def synchronize() -> None:
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
-        raise KernelError(f"{str(error).splitlines()[0]}. {launched_last()}") from error
+        raise KernelError(f"{str(error).splitlines()[0]}. {_launched_last()}") from error
 
 
-def launched_last() -> str:
+def _launched_last() -> str:
     """The last launches: an error that a kernel makes while it runs is reported by a later call, or much later."""
     lines = [
         f"{variant}, grid {grid}, block {block}, arguments {', '.join(map(str, values))}"
@@ -153,14 +155,14 @@ def launched_last() -> str:
     return "Launched last (with CUDA_LAUNCH_BLOCKING=1 the one that fails comes first): " + "; ".join(lines)
 
 
-def is_lost() -> bool:
-    """Whether a kernel failed so that no later call of this process to its card succeeds."""
+def card_failure() -> str:
+    """What a kernel did, after which no call of this process to its card succeeds any more; "" if none did."""
     try:
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
+            synchronize()
+    except KernelError as error:
+        return str(error)
+    return ""
 
 
 # ------------------------------------------------------------------------------------------------------ loading

@@ -145,12 +145,14 @@ def test_a_dead_child_is_told_once_and_for_all_and_can_be_started_again(host, mo
 
 
 def test_a_child_that_lost_its_card_says_what_happened_and_then_ends(monkeypatch, tmp_path):
-    ruined = "import engine.jit; engine.jit.is_lost = lambda: True; from engine.host import serve; serve()"
+    ruined = "from engine import host, jit; jit.card_failure = lambda: 'a fault'; host.serve()"
     monkeypatch.setattr("engine.host._CHILD", ruined)
     host = Host()
     host.start()
     host.submit(51, InspectRequest(str(tmp_path / "missing.safetensors")))
-    assert isinstance(finals(events_until(host, {51}))[51], Failed)
+    failed = finals(events_until(host, {51}))[51]
+    assert isinstance(failed, Failed)
+    assert "The graphics card could not do its work" in failed.problem.what
     with pytest.raises(EngineStopped, match="Exit code 4"):
         events_until(host, {52})
     host.close()
