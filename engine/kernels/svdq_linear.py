@@ -364,17 +364,19 @@ def _finish(
             ("cos", epilogue.cos, (m, HEAD_DIM // 2)),
             ("sin", epilogue.sin, (m, HEAD_DIM // 2)),
         ):
-            if tensor.shape != shape or tensor.dtype != torch.float32:
+            if tensor.shape != shape or tensor.dtype != torch.float32 or tensor.data_ptr() % 16:
                 raise ValueError(
-                    f"svdq_linear: {name} must be {shape} fp32, got {tuple(tensor.shape)} {tensor.dtype}"
+                    f"svdq_linear: {name} must be {shape} fp32, got {tuple(tensor.shape)} {tensor.dtype}, "
+                    f"{tensor.data_ptr() % 16} bytes off a multiple of 16"
                 )
         return out, -1, (*place, epilogue.norm_q, epilogue.norm_k, epilogue.cos, epilogue.sin)
     if isinstance(epilogue, GateResidual):
         gate, residual = epilogue.gate, epilogue.residual
         _check_rows("residual", residual, m, linear)
-        if gate.shape != (n,) or gate.dtype not in (torch.float32, linear.dtype):
+        if gate.shape != (n,) or gate.dtype not in (torch.float32, linear.dtype) or gate.data_ptr() % 16:
             raise ValueError(
-                f"svdq_linear: gate must be ({n},) fp32 or {linear.dtype}, got {tuple(gate.shape)} {gate.dtype}"
+                f"svdq_linear: gate must be ({n},) fp32 or {linear.dtype}, got {tuple(gate.shape)} {gate.dtype}, "
+                f"{gate.data_ptr() % 16} bytes off a multiple of 16"
             )
         is_float = int(gate.dtype == torch.float32)
         return out, -1, (*place, Strided(residual), gate, residual.stride(0), is_float)

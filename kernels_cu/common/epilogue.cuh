@@ -1,7 +1,10 @@
 // What svdq_linear does with a warp's 16 x 128 sums: bias, low-rank product, one of five ends. All in registers.
 //
-// Every plan's main loop ends in finish_rows(acc, row0, col0, e); all lanes of the warp call it. Lane = 4 * g + q:
+// A plan's main loop ends in finish_rows(acc, row0, col0, e); all lanes of the warp call it. (svdq_linear.w4a8_sm90 has
+// the numbers in another order, adds bias and low-rank product itself, and calls the parts.) Lane = 4 * g + q:
 //   acc[j][0..1]  row row0 + g, columns col0 + 8 j + 2 q + {0, 1};  acc[j][2..3]  row row0 + g + 8;  j = 0..15
+// Then a quad exchanges numbers, so that every lane reads and writes 16 bytes at a time:
+//   v[t][half]    row row0 + g + 8 half, columns col0 + 32 t + 8 q .. + 7; w the same as h, in pairs
 // acc holds activation scale x weight scale x code sums, wtscale and wcscales included; row0 is a multiple of 16,
 // col0 of 128. Rows from m on and columns from n on (a multiple of 8; 64 for GELU_QUANTIZE) are computed and not
 // stored.
@@ -137,7 +140,7 @@ __device__ __forceinline__ void add_low_rank(float (&acc)[16][4], int row0, int 
   }
 }
 
-// ---- stores: a quad exchanges words so that every lane writes 16 bytes ------------------------------------------
+// ---- a quad exchanges words: eight neighbouring columns for each lane -------------------------------------------
 
 // Afterwards w[i] is what lane i of the quad held in w[q].
 __device__ __forceinline__ void transpose_in_quad(u32 (&w)[4]) {
@@ -156,7 +159,6 @@ __device__ __forceinline__ void transpose_in_quad(u32 (&w)[4]) {
   }
 }
 
-// acc as h, and a lane gets eight neighbouring columns: w[t][half] are col0 + 32 t + 8 q .. + 7 of row g + 8 half.
 __device__ __forceinline__ void gather_columns(u32 (&w)[4][2][4], const float (&acc)[16][4]) {
 #pragma unroll
   for (int t = 0; t < 4; ++t)
@@ -168,17 +170,60 @@ __device__ __forceinline__ void gather_columns(u32 (&w)[4][2][4], const float (&
     }
 }
 
-__device__ __forceinline__ void store_rows(const u32 (&w)[4][2][4], int row0, int col0, h_t* out, size_t stride,
-                                           int m, int n) {
+__device__ __forceinline__ void gather_sums(float (&v)[4][2][8], const float (&acc)[16][4]) {
+#pragma unroll
+  for (int t = 0; t < 4; ++t)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        u32 words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) words[i] = __float_as_uint(acc[4 * t + i][2 * half + odd]);
+        transpose_in_quad(words);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) v[t][half][2 * i + odd] = __uint_as_float(words[i]);
+      }
+}
+
+__device__ __forceinline__ void pack_columns(u32 (&w)[4][2][4], const float (&v)[4][2][8]) {
+#pragma unroll
+  for (int t = 0; t < 4; ++t)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) w[t][half][i] = pack_h2(v[t][half][2 * i], v[t][half][2 * i + 1]);
+}
+
+__device__ __forceinline__ void load_eight(float (&v)[8], const float* from) {
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    const float4 four = *reinterpret_cast<const float4*>(from + i);
+    v[i] = four.x, v[i + 1] = four.y, v[i + 2] = four.z, v[i + 3] = four.w;
+  }
+}
+
+__device__ __forceinline__ void unpack_eight(float (&v)[8], const uint4& words) {
+  const u32 w[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 two = unpack_h2(w[i]);
+    v[2 * i] = two.x, v[2 * i + 1] = two.y;
+  }
+}
+
+#if EPILOGUE != GELU_QUANTIZE
+__device__ __forceinline__ void store_rows(const u32 (&w)[4][2][4], int row0, int col0, const Epilogue& e) {
   const int row = row0 + lane_id() / 4, column = col0 + 8 * (lane_id() & 3);
 #pragma unroll
   for (int half = 0; half < 2; ++half)
 #pragma unroll
     for (int t = 0; t < 4; ++t)
-      if (row + 8 * half < m && column + 32 * t < n)
-        *reinterpret_cast<uint4*>(out + (row + 8 * half) * stride + column + 32 * t) =
+      if (row + 8 * half < e.m && column + 32 * t < e.n)
+        *reinterpret_cast<uint4*>(e.out + size_t(row + 8 * half) * e.out_stride + column + 32 * t) =
             make_uint4(w[t][half][0], w[t][half][1], w[t][half][2], w[t][half][3]);
 }
+#endif
 
 __device__ __forceinline__ float quad_sum(float x) {
   x += __shfl_xor_sync(0xffffffffu, x, 1);
@@ -192,126 +237,207 @@ __device__ __forceinline__ float quad_max(float x) {
 
 // ---- the ends ---------------------------------------------------------------------------------------------------
 
+// What an end asks memory for long before it needs it.
+struct Ahead {
+#if EPILOGUE == GATE_RESIDUAL
+  uint4 residual[4][2];  // a lane reads what it will write: out may be the residual
+#elif EPILOGUE == GELU_QUANTIZE
+  float scale[2];  // e4m3: of rows g and g + 8
+#endif
+
+  __device__ __forceinline__ Ahead(int row0, int col0, const Epilogue& e) {
+#if EPILOGUE == GATE_RESIDUAL || EPILOGUE == GELU_QUANTIZE
+    const int column = col0 + 8 * (lane_id() & 3);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = min(row0 + lane_id() / 4 + 8 * half, e.m - 1);
+#if EPILOGUE == GATE_RESIDUAL
+      const h_t* from = e.residual + size_t(row) * e.residual_stride + column;
+#pragma unroll
+      for (int t = 0; t < 4; ++t)
+        residual[t][half] =
+            column + 32 * t < e.n ? *reinterpret_cast<const uint4*>(from + 32 * t) : make_uint4(0, 0, 0, 0);
+#else
+      scale[half] = __fadd_rn(__fmul_rn(e.slope, e.row_scales ? e.row_scales[row] : 1.0f), e.offset);
+#endif
+    }
+#endif
+  }
+};
+
 #if EPILOGUE == GELU || EPILOGUE == GELU_QUANTIZE
-// y / (1 + exp(-2 u)) = y / 2 (1 + tanh u), u = sqrt(2 / pi) (y + 0.044715 y^3)
-__device__ __forceinline__ float gelu(float y) {
-  const float u = y * fmaf(0.0356774081f, y * y, 0.7978845608f);
-  return __fdividef(y, 1.0f + __expf(-2.0f * u));
+__device__ __forceinline__ float exp2_approximately(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// y / (1 + exp(-2 u)) = y / 2 (1 + tanh u), u = sqrt(2 / pi) (y + 0.044715 y^3), of four: they share one reciprocal,
+// which no product overflows.
+__device__ __forceinline__ void gelu(float (&y)[4]) {
+  float below[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float u = y[i] * fmaf(-0.1029432396f, y[i] * y[i], -2.3022081981f);  // -2 u / ln 2
+    below[i] = 1.0f + exp2_approximately(fminf(u, 30.0f));
+  }
+  const float first = below[0] * below[1], second = below[2] * below[3];
+  const float inverse = __fdividef(1.0f, first * second);
+  const float first_inverse = inverse * second, second_inverse = inverse * first;
+  y[0] *= first_inverse * below[1], y[1] *= first_inverse * below[0];
+  y[2] *= second_inverse * below[3], y[3] *= second_inverse * below[2];
+}
+
+__device__ __forceinline__ void gelu(float (&acc)[16][4]) {
+#pragma unroll
+  for (int j = 0; j < 16; ++j) gelu(acc[j]);
 }
 #endif
 
 #if EPILOGUE == QK_NORM_ROPE
 // Columns q | k | v, a head a tile: x / rms(x) * weight, then neighbouring pairs turn by the row's angles.
-__device__ __forceinline__ void norm_and_turn(float (&acc)[16][4], int row0, const float* weight,
-                                              const Epilogue& e) {
-  const int g = lane_id() / 4, q = lane_id() & 3;
+__device__ __forceinline__ void end_sums(float (&v)[4][2][8], const Ahead&, int row0, int col0, const Epilogue& e) {
+  const int third = e.n / 3;
+  if (col0 >= 2 * third) return;
+  const float* weight = (col0 < third ? e.norm_q : e.norm_k) + 8 * (lane_id() & 3);
+  float scale[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float squares = 0.0f;
 #pragma unroll
-    for (int j = 0; j < 16; ++j)
-      squares = fmaf(acc[j][2 * half], acc[j][2 * half], fmaf(acc[j][2 * half + 1], acc[j][2 * half + 1], squares));
-    const float scale = rsqrtf(quad_sum(squares) * (1.0f / HEAD) + RMS_EPS);
-    const size_t angles = size_t(min(row0 + g + 8 * half, e.m - 1)) * (HEAD / 2) + q;
+    for (int t = 0; t < 4; ++t)
 #pragma unroll
-    for (int j = 0; j < 16; ++j) {
-      const float2 w = *reinterpret_cast<const float2*>(weight + 8 * j + 2 * q);
-      const float cos = e.cos[angles + 4 * j], sin = e.sin[angles + 4 * j];
-      const float even = acc[j][2 * half] * scale * w.x, odd = acc[j][2 * half + 1] * scale * w.y;
-      acc[j][2 * half] = even * cos - odd * sin;
-      acc[j][2 * half + 1] = even * sin + odd * cos;
+      for (int i = 0; i < 8; ++i) squares = fmaf(v[t][half][i], v[t][half][i], squares);
+    scale[half] = rsqrtf(quad_sum(squares) * (1.0f / HEAD) + RMS_EPS);
+  }
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    float w[8];
+    load_eight(w, weight + 32 * t);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = min(row0 + lane_id() / 4 + 8 * half, e.m - 1);
+      const size_t angles = size_t(row) * (HEAD / 2) + 16 * t + 4 * (lane_id() & 3);
+      const float4 cos = *reinterpret_cast<const float4*>(e.cos + angles);
+      const float4 sin = *reinterpret_cast<const float4*>(e.sin + angles);
+      const float c[4] = {cos.x, cos.y, cos.z, cos.w}, s[4] = {sin.x, sin.y, sin.z, sin.w};
+      float(&x)[8] = v[t][half];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float even = x[2 * i] * scale[half] * w[2 * i], odd = x[2 * i + 1] * scale[half] * w[2 * i + 1];
+        x[2 * i] = even * c[i] - odd * s[i];
+        x[2 * i + 1] = even * s[i] + odd * c[i];
+      }
     }
   }
 }
 #endif
 
 #if EPILOGUE == GATE_RESIDUAL
-__device__ __forceinline__ float2 gate_pair(const Epilogue& e, int column) {
-  if (e.gate_is_float) return *reinterpret_cast<const float2*>(static_cast<const float*>(e.gate) + column);
-  return unpack_h2(*reinterpret_cast<const u32*>(static_cast<const h_t*>(e.gate) + column));
+__device__ __forceinline__ void load_gate(float (&gate)[8], int column, const Epilogue& e) {
+  if (e.gate_is_float)
+    load_eight(gate, static_cast<const float*>(e.gate) + column);
+  else
+    unpack_eight(gate, *reinterpret_cast<const uint4*>(static_cast<const h_t*>(e.gate) + column));
 }
 
-// acc = residual + gate * acc. Everything is read before anything is written: out may be the residual.
-__device__ __forceinline__ void gate_onto_residual(float (&acc)[16][4], int row0, int col0, const Epilogue& e) {
-  const int g = lane_id() / 4, q = lane_id() & 3;
-  u32 residual[16][2];
+// v = residual + gate * v
+__device__ __forceinline__ void end_sums(float (&v)[4][2][8], const Ahead& ahead, int, int col0, const Epilogue& e) {
+  const int column = col0 + 8 * (lane_id() & 3);
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const size_t row = min(row0 + g + 8 * half, e.m - 1);
-    const h_t* from = e.residual + row * e.residual_stride + col0 + 2 * q;
+  for (int t = 0; t < 4; ++t) {
+    float gate[8];
+    load_gate(gate, min(column + 32 * t, e.n - 8), e);
 #pragma unroll
-    for (int j = 0; j < 16; ++j)
-      residual[j][half] = col0 + 8 * j < e.n ? *reinterpret_cast<const u32*>(from + 8 * j) : 0;
-  }
+    for (int half = 0; half < 2; ++half) {
+      float to[8];
+      unpack_eight(to, ahead.residual[t][half]);
 #pragma unroll
-  for (int j = 0; j < 16; ++j) {
-    const float2 gate = col0 + 8 * j < e.n ? gate_pair(e, col0 + 8 * j + 2 * q) : make_float2(0.0f, 0.0f);
-    const float2 above = unpack_h2(residual[j][0]), below = unpack_h2(residual[j][1]);
-    acc[j][0] = stay_in_range(fmaf(gate.x, acc[j][0], above.x));
-    acc[j][1] = stay_in_range(fmaf(gate.y, acc[j][1], above.y));
-    acc[j][2] = stay_in_range(fmaf(gate.x, acc[j][2], below.x));
-    acc[j][3] = stay_in_range(fmaf(gate.y, acc[j][3], below.y));
+      for (int i = 0; i < 8; ++i) v[t][half][i] = stay_in_range(fmaf(gate[i], v[t][half][i], to[i]));
+    }
   }
 }
 #endif
 
 #if EPILOGUE == GELU_QUANTIZE
-// next_low += x @ proj_down over this tile's 128 channels. Both operands of the mma take channels in the order in
-// which a lane has them. Sums of 128 in fp32, then integers: the total does not depend on the tiles' order.
-__device__ __forceinline__ void project_down(const u32 (&x)[4][2][4], int row0, int col0, const Epilogue& e) {
-  const int g = lane_id() / 4, q = lane_id() & 3;
-#pragma unroll 1
-  for (int s = 0; s < e.next_rank / 16; ++s) {
-    if (e.next_rank_scales[s] == 0.0f) continue;
-    const uint4* down = e.next_down + (size_t(s) * (e.n / 32) + col0 / 32) * 64 + lane_id();
-    float sums[2][4] = {};
+// sums = x @ proj_down over this tile's 128 channels and 16 ranks, C fragments of the two eights of them; down: factors
+// of the tile. Both operands of the mma take channels in the order in which a lane has them.
+__device__ __forceinline__ void project_slice(float (&sums)[2][4], const u32 (&x)[4][2][4], const uint4* down,
+                                              int col0, int n) {
 #pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      if (col0 + 32 * t >= e.n) break;
-      const u32 first[4] = {x[t][0][0], x[t][1][0], x[t][0][1], x[t][1][1]};
-      const u32 second[4] = {x[t][0][2], x[t][1][2], x[t][0][3], x[t][1][3]};
+  for (int t = 0; t < 4; ++t) {
+    if (col0 + 32 * t >= n) break;
+    const u32 first[4] = {x[t][0][0], x[t][1][0], x[t][0][1], x[t][1][1]};
+    const u32 second[4] = {x[t][0][2], x[t][1][2], x[t][0][3], x[t][1][3]};
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {  // 16 channels: A fragments, of whose words two are B of 8 ranks
-        const uint4 a = __ldg(down + (2 * t + i) * 32);
-        mma_h_k16(sums[0], i ? second : first, a.x, a.z);
-        mma_h_k16(sums[1], i ? second : first, a.y, a.w);
-      }
+    for (int i = 0; i < 2; ++i) {  // 16 channels: A fragments, of whose words two are B of 8 ranks
+      const uint4 a = down[(2 * t + i) * 32 + lane_id()];
+      mma_h_k16(sums[0], i ? second : first, a.x, a.z);
+      mma_h_k16(sums[1], i ? second : first, a.y, a.w);
     }
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = row0 + g + 8 * half;
-        unsigned long long* to = e.next_low + size_t(row) * e.next_rank + 16 * s + 8 * tile + q;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {  // ranks q and q + 4, not 2 q and 2 q + 1: a quad adds to 32 bytes at once
-          const float even = __shfl_sync(0xffffffffu, sums[tile][2 * half], 4 * g + q / 2 + 2 * i);
-          const float odd = __shfl_sync(0xffffffffu, sums[tile][2 * half + 1], 4 * g + q / 2 + 2 * i);
-          const long long fixed = __float2ll_rn((q & 1 ? odd : even) * LOW_ONE);
-          if (row < e.m) atomicAdd(to + 4 * i, static_cast<unsigned long long>(fixed));
-        }
-      }
   }
 }
 
-// (x + shift) / smooth of eight neighbouring columns.
-__device__ __forceinline__ void smooth_columns(float (&v)[8], const u32 (&x)[4], int column, const Epilogue& e) {
-#if OUT_FORMAT == FORMAT_UINT4
-  const float shift = e.shift;
-#else
-  const float shift = 0.0f;
-#endif
+// In fixed point: what is added is an integer, and the total does not depend on the order of tiles.
+__device__ __forceinline__ void fix_low(long long (&fixed)[4], const float (&sums)[4]) {
 #pragma unroll
-  for (int i = 0; i < 8; i += 4) {
-    const float4 c = *reinterpret_cast<const float4*>(e.smooth + column + i);
-    const float4 inverse = *reinterpret_cast<const float4*>(e.inverse + column + i);
-    const float2 low = unpack_h2(x[i / 2]), high = unpack_h2(x[i / 2 + 1]);
-    v[i] = divide(low.x + shift, c.x, inverse.x);
-    v[i + 1] = divide(low.y + shift, c.y, inverse.y);
-    v[i + 2] = divide(high.x + shift, c.z, inverse.z);
-    v[i + 3] = divide(high.y + shift, c.w, inverse.w);
+  for (int i = 0; i < 4; ++i) fixed[i] = __float2ll_rn(sums[i] * LOW_ONE);
+}
+
+// Fixed-point sums of 8 ranks, a C fragment, onto next_low.
+__device__ __forceinline__ void add_low(const long long (&sums)[4], int row0, int rank, const Epilogue& e) {
+  const int g = lane_id() / 4, q = lane_id() & 3;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = row0 + g + 8 * half;
+    unsigned long long* to = e.next_low + size_t(row) * e.next_rank + rank + q;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {  // ranks q and q + 4, not 2 q and 2 q + 1: a quad adds to 32 bytes at once
+      const long long even = __shfl_sync(0xffffffffu, sums[2 * half], 4 * g + q / 2 + 2 * i);
+      const long long odd = __shfl_sync(0xffffffffu, sums[2 * half + 1], 4 * g + q / 2 + 2 * i);
+      if (row < e.m) atomicAdd(to + 4 * i, static_cast<unsigned long long>(q & 1 ? odd : even));
+    }
   }
 }
+
+// next_low += x @ proj_down over this tile's channels
+__device__ __forceinline__ void project_down(const u32 (&x)[4][2][4], int row0, int col0, const Epilogue& e) {
+#pragma unroll 1
+  for (int s = 0; s < e.next_rank / 16; ++s) {
+    if (e.next_rank_scales[s] == 0.0f) continue;
+    float sums[2][4] = {};
+    project_slice(sums, x, e.next_down + (size_t(s) * (e.n / 32) + col0 / 32) * 64, col0, e.n);
+#pragma unroll
+    for (int eight = 0; eight < 2; ++eight) {
+      long long fixed[4];
+      fix_low(fixed, sums[eight]);
+      add_low(fixed, row0, 16 * s + 8 * eight, e);
+    }
+  }
+}
+
+// smooth_factor of eight neighbouring columns, and 1 / smooth_factor.
+struct Smoothing {
+  float factor[8], inverse[8];
+
+  __device__ __forceinline__ Smoothing(const float* factors, const float* inverses) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+      *reinterpret_cast<float4*>(factor + i) = *reinterpret_cast<const float4*>(factors + i);
+      *reinterpret_cast<float4*>(inverse + i) = *reinterpret_cast<const float4*>(inverses + i);
+    }
+  }
+
+  // v = (x + shift) / smooth_factor
+  __device__ __forceinline__ void divide_columns(float (&v)[8], const u32 (&x)[4], float shift) const {
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+      const float2 two = unpack_h2(x[i / 2]);
+      v[i] = divide(two.x + shift, factor[i], inverse[i]);
+      v[i + 1] = divide(two.y + shift, factor[i + 1], inverse[i + 1]);
+    }
+  }
+};
 
 __device__ __forceinline__ float largest_of(const float (&v)[8]) {
   float largest = 0.0f;
@@ -338,86 +464,95 @@ __device__ __forceinline__ u32 codes_of(const float (&v)[8], float inverse_scale
   return codes;
 }
 
-// One row of the tile, x[t] columns col0 + 32 t + 8 q .. + 7: codes and scales as quantize_act lays them out.
-__device__ __forceinline__ void quantize_row(const u32 (&x)[4][2][4], int half, int row, int col0,
-                                             const Epilogue& e) {
-  const int q = lane_id() & 3, safe_row = min(row, e.m - 1);
+// The tile's rows, x[t] columns col0 + 32 t + 8 q .. + 7: codes and scales as quantize_act lays them out.
+// smooth, inverse: from the tile's first column on.
+__device__ __forceinline__ void quantize_rows(const u32 (&x)[4][2][4], const Ahead& ahead, int row0, int col0,
+                                              const float* smooth, const float* inverse, const Epilogue& e) {
+  const int q = lane_id() & 3;
+  const float shift = OUT_FORMAT == FORMAT_UINT4 ? e.shift : 0.0f;
 #if OUT_FORMAT == FORMAT_E4M3
-  const float scale = __fadd_rn(__fmul_rn(e.slope, e.row_scales ? e.row_scales[safe_row] : 1.0f), e.offset);
-  const float inverse = reciprocal_of_scale(scale);
-  if (col0 == 0 && q == 0 && row < e.m) static_cast<float*>(e.scales)[row] = scale;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = row0 + lane_id() / 4 + 8 * half;
+    if (col0 == 0 && q == 0 && row < e.m) static_cast<float*>(e.scales)[row] = ahead.scale[half];
+  }
 #endif
 #pragma unroll
   for (int pair = 0; pair < 2; ++pair) {  // 64 columns, of which a lane has twice eight
     const int base = col0 + 64 * pair, column = base + 8 * q;
     if (base >= e.n) break;
-    float v[2][8];
-    smooth_columns(v[0], x[2 * pair][half], column, e);
-    smooth_columns(v[1], x[2 * pair + 1][half], column + 32, e);
+    const float *factors = smooth + 64 * pair + 8 * q, *inverses = inverse + 64 * pair + 8 * q;
+    const Smoothing smoothing[2] = {Smoothing(factors, inverses), Smoothing(factors + 32, inverses + 32)};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = row0 + lane_id() / 4 + 8 * half;
+      float v[2][8];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) smoothing[i].divide_columns(v[i], x[2 * pair + i][half], shift);
 #if OUT_FORMAT == FORMAT_INT4 || OUT_FORMAT == FORMAT_UINT4
-    const float top = OUT_FORMAT == FORMAT_UINT4 ? UINT4_MAX : INT4_MAX;
-    const float scale = quad_max(fmaxf(largest_of(v[0]), largest_of(v[1]))) * (1.0f / top);
-    const float inverse = reciprocal_of_scale(scale);
-    if (row < e.m) {
-      if (q == 0) static_cast<float*>(e.scales)[size_t(base / 64) * e.m + row] = scale;
-      u8* to = e.codes + size_t(row) * (e.n / 2) + column / 2;
-      *reinterpret_cast<u32*>(to) = codes_of(v[0], inverse);
-      *reinterpret_cast<u32*>(to + 16) = codes_of(v[1], inverse);
-    }
+      const float top = OUT_FORMAT == FORMAT_UINT4 ? UINT4_MAX : INT4_MAX;
+      const float scale = quad_max(fmaxf(largest_of(v[0]), largest_of(v[1]))) * (1.0f / top);
+      const float inverse = reciprocal_of_scale(scale);
+      if (row < e.m) {
+        if (q == 0) static_cast<float*>(e.scales)[size_t(base / 64) * e.m + row] = scale;
+        u8* to = e.codes + size_t(row) * (e.n / 2) + column / 2;
+        *reinterpret_cast<u32*>(to) = codes_of(v[0], inverse);
+        *reinterpret_cast<u32*>(to + 16) = codes_of(v[1], inverse);
+      }
 #elif OUT_FORMAT == FORMAT_NVFP4
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float largest = largest_of(v[i]);  // a group is 16 columns: two lanes
-      const float both = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-      const u8 code = u8(e4m3_pair(fminf(both * (1.0f / E2M1_MAX), E4M3_MAX), 0.0f));
-      const float inverse = reciprocal_of_scale(e4m3_value(code));
-      if (row < e.m) {
-        if (q % 2 == 0) static_cast<u8*>(e.scales)[size_t(row) * (e.n / 16) + (column + 32 * i) / 16] = code;
-        *reinterpret_cast<u32*>(e.codes + size_t(row) * (e.n / 2) + (column + 32 * i) / 2) =
-            codes_of(v[i], inverse);
+      for (int i = 0; i < 2; ++i) {
+        const float largest = largest_of(v[i]);  // a group is 16 columns: two lanes
+        const float both = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+        const u8 code = u8(e4m3_pair(fminf(both * (1.0f / E2M1_MAX), E4M3_MAX), 0.0f));
+        const float inverse = reciprocal_of_scale(e4m3_value(code));
+        if (row < e.m) {
+          if (q % 2 == 0) static_cast<u8*>(e.scales)[size_t(row) * (e.n / 16) + (column + 32 * i) / 16] = code;
+          *reinterpret_cast<u32*>(e.codes + size_t(row) * (e.n / 2) + (column + 32 * i) / 2) =
+              codes_of(v[i], inverse);
+        }
       }
-    }
-#elif OUT_FORMAT == FORMAT_E4M3
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (row < e.m)
-        *reinterpret_cast<uint2*>(e.codes + size_t(row) * e.n + column + 32 * i) = make_uint2(
-            e4m3_pair(v[i][0] * inverse, v[i][1] * inverse) | e4m3_pair(v[i][2] * inverse, v[i][3] * inverse) << 16,
-            e4m3_pair(v[i][4] * inverse, v[i][5] * inverse) | e4m3_pair(v[i][6] * inverse, v[i][7] * inverse)
-                                                                  << 16);
 #else
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (row < e.m)
-        *reinterpret_cast<uint4*>(reinterpret_cast<h_t*>(e.codes) + size_t(row) * e.n + column + 32 * i) =
-            make_uint4(pack_h2(v[i][0], v[i][1]), pack_h2(v[i][2], v[i][3]), pack_h2(v[i][4], v[i][5]),
-                       pack_h2(v[i][6], v[i][7]));
+      for (int i = 0; i < 2; ++i)
+        if (row < e.m) {
+#if OUT_FORMAT == FORMAT_E4M3
+          const float by = reciprocal_of_scale(ahead.scale[half]);
+          *reinterpret_cast<uint2*>(e.codes + size_t(row) * e.n + column + 32 * i) =
+              make_uint2(e4m3_pair(v[i][0] * by, v[i][1] * by) | e4m3_pair(v[i][2] * by, v[i][3] * by) << 16,
+                         e4m3_pair(v[i][4] * by, v[i][5] * by) | e4m3_pair(v[i][6] * by, v[i][7] * by) << 16);
+#else
+          *reinterpret_cast<uint4*>(reinterpret_cast<h_t*>(e.codes) + size_t(row) * e.n + column + 32 * i) =
+              make_uint4(pack_h2(v[i][0], v[i][1]), pack_h2(v[i][2], v[i][3]), pack_h2(v[i][4], v[i][5]),
+                         pack_h2(v[i][6], v[i][7]));
 #endif
+        }
+#endif
+    }
   }
 }
 #endif  // GELU_QUANTIZE
 
 __device__ __forceinline__ void finish_rows(float (&acc)[16][4], int row0, int col0, const Epilogue& e) {
+  const Ahead ahead(row0, col0, e);
   add_bias(acc, col0, e);
   add_low_rank(acc, row0, col0, e);
-#if EPILOGUE == GELU || EPILOGUE == GELU_QUANTIZE
-#pragma unroll
-  for (int j = 0; j < 16; ++j)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) acc[j][i] = gelu(acc[j][i]);
-#elif EPILOGUE == QK_NORM_ROPE
-  const int third = e.n / 3;
-  if (col0 < 2 * third) norm_and_turn(acc, row0, col0 < third ? e.norm_q : e.norm_k, e);
-#elif EPILOGUE == GATE_RESIDUAL
-  gate_onto_residual(acc, row0, col0, e);
-#endif
   u32 w[4][2][4];
+#if EPILOGUE == QK_NORM_ROPE || EPILOGUE == GATE_RESIDUAL
+  float v[4][2][8];
+  gather_sums(v, acc);
+  end_sums(v, ahead, row0, col0, e);
+  pack_columns(w, v);
+#else
+#if EPILOGUE != PLAIN
+  gelu(acc);
+#endif
   gather_columns(w, acc);
+#endif
 #if EPILOGUE == GELU_QUANTIZE
   project_down(w, row0, col0, e);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) quantize_row(w, half, row0 + lane_id() / 4 + 8 * half, col0, e);
+  quantize_rows(w, ahead, row0, col0, e.smooth + col0, e.inverse + col0, e);
 #else
-  store_rows(w, row0, col0, e.out, e.out_stride, e.m, e.n);
+  store_rows(w, row0, col0, e);
 #endif
 }

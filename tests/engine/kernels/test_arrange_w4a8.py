@@ -6,6 +6,7 @@ The fragments are those of the PTX ISA (mma.m16n8k32 and wgmma.m64nNk32, 8-bit t
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -143,12 +144,24 @@ def test_a_turned_tile_meets_no_bank_twice() -> None:
     """svdq_linear.w4a8_sm90 turns its tile through shared memory; the exchange of columns by token spreads both."""
 
     def column(token: int, channel: int) -> int:
-        return channel ^ (((token & 3) ^ ((token >> 2) & 1)) << 3)
+        return channel ^ (((token & 3) ^ (token >> 2 & 1)) << 3 | (token & 1) << 2)
 
     for j in range(16):
         for i in range(2):  # a warp's writes: 8 channels x 4 tokens
             banks = {(8 * j + 2 * q + i) * 128 + column(8 * j + 2 * q + i, g) for g in range(8) for q in range(4)}
             assert len({bank % 32 for bank in banks}) == 32
-        for half in (range(4), range(4, 8)):  # reads of 8 bytes go by half warps
-            banks = {g * 128 + column(g, 8 * j + 2 * q) + i for g in half for q in range(4) for i in range(2)}
-            assert len({bank % 32 for bank in banks}) == 32
+    for g, t, four in product(range(0, 8, 2), range(4), (0, 4)):  # reads of 16 bytes go by 8 lanes
+        places = [token * 128 + column(token, 32 * t + 8 * q + four) for token in (g, g + 1) for q in range(4)]
+        assert len({(place + i) % 32 for place in places for i in range(4)}) == 32
+
+
+def test_a_turned_tile_of_16_bit_numbers_meets_no_bank_twice() -> None:
+    """16 bytes at a time: 8 tokens of a channel's matrix are written together, 2 tokens x 32 channels are read."""
+
+    def chunk(token: int, chunk: int) -> int:
+        return chunk ^ ((token & 1) << 2 | (token >> 1 & 3))
+
+    for written in range(16):
+        assert len({chunk(token, written) % 8 for token in range(8)}) == 8
+    for g, t in product(range(0, 8, 2), range(4)):
+        assert len({chunk(token, 4 * t + q) % 8 for token in (g, g + 1) for q in range(4)}) == 8
