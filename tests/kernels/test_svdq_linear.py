@@ -861,6 +861,10 @@ def test_what_comes_after_must_fit_too(launched: list[object]) -> None:
         with pytest.raises(ValueError, match=r"gate must be \(384,\).*got \("):
             run(act, linear, GateResidual(gate, stream))
     table, norm = torch.zeros(8, 64), torch.zeros(128)
+    with pytest.raises(ValueError, match=r"gate .*\(384,\).* 4 bytes off"):
+        run(act, linear, GateResidual(torch.ones(385)[1:], stream))
+    with pytest.raises(ValueError, match=r"norm_k .*\(128,\).* 4 bytes off"):
+        run(act, linear, QKNormRope(norm, torch.zeros(129)[1:], table, table))
     for bad in ((norm[:64], norm, table, table), (norm, norm, table.half(), table), (norm, norm, table, table[:7])):
         with pytest.raises(ValueError, match=r"must be \(.*\) fp32, got \("):
             run(act, linear, QKNormRope(*bad))
