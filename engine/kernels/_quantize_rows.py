@@ -88,9 +88,17 @@ def launch_for(operation: str, format: ActFormat, dtype: torch.dtype, m: int, k:
         raise ValueError(f"{operation}: a card of sm_75 has no bf16, x must be fp16")
     tiles = best_tiles(m, properties.multi_processor_count, tile_counts(arch))
     warps = min(MOST_WARPS, k // K_STEP)
-    shared_bytes = tiles * (warps * (DEPTH.get(tiles, 1) * STEP_BYTES + TOLD_BYTES) + ROW_BYTES)
     blocks = -(-m // (TILE * tiles))
-    return Launch(variant(operation, format, dtype, tiles), blocks, warps, shared_bytes)
+    return Launch(variant(operation, format, dtype, tiles), blocks, warps, _bytes_of(tiles, warps))
+
+
+def shared_bytes(variant: Variant) -> int:
+    """The most that a launch of this variant asks for."""
+    return _bytes_of(dict(variant.defines)["TILES"], MOST_WARPS)
+
+
+def _bytes_of(tiles: int, warps: int) -> int:
+    return tiles * (warps * (DEPTH.get(tiles, 1) * STEP_BYTES + TOLD_BYTES) + ROW_BYTES)
 
 
 def best_tiles(m: int, num_sms: int, counts: tuple[int, ...]) -> int:

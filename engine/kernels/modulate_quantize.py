@@ -24,3 +24,7 @@ def modulate_quantize(x: Tensor, shift: Tensor, scale: Tensor, target: ActTarget
 
 def variants(arch: str) -> list[Variant]:
     return _quantize_rows.variants("modulate_quantize", arch)
+
+
+def shared_bytes(variant: Variant) -> int:
+    return _quantize_rows.shared_bytes(variant)

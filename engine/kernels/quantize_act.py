@@ -41,3 +41,7 @@ def quantize_act(x: Tensor, target: ActTarget) -> QuantizedAct:
 
 def variants(arch: str) -> list[Variant]:
     return _quantize_rows.variants("quantize_act", arch)
+
+
+def shared_bytes(variant: Variant) -> int:
+    return _quantize_rows.shared_bytes(variant)

@@ -55,7 +55,8 @@ def test_shift_and_scale_of_another_width_are_refused() -> None:
 FORMATS: list[ActFormat] = ["int4", "e4m3", "nvfp4", "half"]
 HALF = [torch.bfloat16, torch.float16]
 SHAPES = [
-    (1, 3072), (7, 512), (256, 512), (4096, 3072), (4613, 3072), (261, 12288), (7, 15360), (33, 64), (40, 1088)
+    (1, 3072), (256, 3072), (4096, 3072), (4608, 3072), (4613, 3072), (261, 12288), (7, 512), (256, 512),
+    (7, 15360), (33, 64), (40, 1088),
 ]  # fmt: skip
 
 
