@@ -140,7 +140,7 @@ def dynamic_bytes(variant: Variant) -> int:
     text, headers = source_of(variant)
     if not any("extern __shared__" in part for part in chain([text], headers.values())):
         return 0
-    asked: int = getattr(wrapper(variant.source), "shared_bytes", lambda _: 0)(variant)
+    asked: int = wrapper(variant.source).shared_bytes(variant)
     return asked
 
 
