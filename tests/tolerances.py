@@ -43,8 +43,8 @@ STORED_ZEROS = 2e-3  # W4A16 files have -zero * scale in 16 bits: up to 15 level
 # a group's largest is about 2.5 deviations, and steps are a seventh of it: 0.36 / sqrt(12) = 0.10, twice that where
 # an outlier is in the group; 15 steps of what is never negative: half of it. e4m3 and nvfp4: as PLAN_ERROR says.
 FORMAT_ERROR = {"int4": 0.22, "uint4": 0.1, "e4m3": 0.03, "nvfp4": 0.11, "half": 2**-9}
-# Of the codes that a reciprocal (a unit of fp32) puts on the other side of a boundary, at most: 2^-23 over a step of
-# "half" in fp16, 2^-11, is 2.4e-4 for the worst number, a fifth of it on average; the others' steps are longer.
+# Of the codes that a reciprocal (a unit of fp32) puts on the other side of a boundary, at most: 2^-23 over a step
+# of "half" in fp16, 2^-11, is 2.4e-4 for the worst number, a fifth of it on average; other steps are longer.
 DIFFERENT_CODES = 2e-4
 CODES_AT_TIES = 1  # what a code may differ by where two codes are equally near
 
