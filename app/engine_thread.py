@@ -62,6 +62,7 @@ class EngineThread(QThread):
         self._done = False  # the running job has all it was for; only its Final is missing
         self._last_job = 0
         self._alive = False
+        self._ending = False  # the child said that it ends: it gets nothing more
         self._held = False
         self._closing = False
         self._silent_deaths = 0  # one after another, without a word in between
@@ -181,6 +182,7 @@ class EngineThread(QThread):
             if isinstance(event, Final):
                 self._running = None
                 self._held = self._held or (isinstance(event, Failed) and self._holds)
+                self._ending = isinstance(event, Failed) and event.ends_engine
             self._done = isinstance(event, Prepared) or (
                 isinstance(event, ImageDone) and event.image == event.images
             )
@@ -198,14 +200,14 @@ class EngineThread(QThread):
                     self.event_arrived.emit(job, Cancelled())
                 return
             self._host.close(0.1)
-            self._alive = False
+            self._alive = self._ending = False
             self._plan_job = None
             self._silent_deaths += 1
             if self._silent_deaths > 1:
                 self._fail_all(cannot_start(detail))
                 return
             ended, self._running = self._running, None
-            self._held = self._held or (ended is not None and self._holds)
+            self._held = self._held or (ended is not None and self._holds and not self._done)
             final = Finished() if self._done else Failed(engine_stopped(detail))
         self._died.emit(ended, final, detail)
 
@@ -238,7 +240,7 @@ class EngineThread(QThread):
 
     def _hand_over(self) -> None:
         """Give the child what it may have now. A pipe that broke is noticed by the thread, which ends the job."""
-        if not self._alive or self._closing:
+        if not self._alive or self._ending or self._closing:
             return
         if self._plan_wanted is not None and self._plan_job is None:
             request, self._plan_wanted = self._plan_wanted, None

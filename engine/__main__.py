@@ -499,7 +499,7 @@ def _failure(problem: Problem) -> _Outcome:
 def _run_all(
     engine: Engine, requests: Sequence[Request], command: str, progress: _Progress, interrupt: _Interrupt
 ) -> list[_Outcome]:
-    """Run every request; a failed one does not stop those behind it, a cancelled one does."""
+    """Run every request; a failed one does not stop those behind it, a cancelled one and a lost card do."""
     outcomes: list[_Outcome] = []
     for job, request in enumerate(requests, start=1):
         interrupt.cancels(lambda job=job: engine.cancel(job))  # type: ignore[misc]
@@ -508,12 +508,14 @@ def _run_all(
                 outcomes.append(_outcome(event, command))
                 if isinstance(event, Failed):
                     progress.line(str(event.problem))
-                    if event.problem.detail and EXIT_CODE[event.problem.kind] == 1:
+                    if event.problem.detail and (event.ends_engine or EXIT_CODE[event.problem.kind] == 1):
                         progress.line(event.problem.detail)
             else:
                 _tell(event, progress)
         if outcomes[-1].exit_code == CANCELLED:
             progress.line("Stopped.")
+            break
+        if isinstance(event, Failed) and event.ends_engine:
             break
     return outcomes
 

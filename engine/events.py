@@ -126,6 +126,7 @@ class Failed:
     """The job ended in a failure a person can act on."""
 
     problem: Problem
+    ends_engine: bool = False  # its process can go on no longer and ends by itself; another one can be started
 
 
 Final = Finished | Cancelled | Failed

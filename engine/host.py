@@ -243,7 +243,7 @@ class _Child:
                 self._running = None
                 self._changed.notify_all()
             self._send(task.job, final or Failed(internal_error("The job ended without a result.")))
-            if self._engine.card_failure:
+            if isinstance(final, Failed) and final.ends_engine:
                 os._exit(CARD_LOST)  # only another process can use the card again
 
     def _read_commands(self) -> None:

@@ -114,9 +114,8 @@ class Engine:
                 final = Cancelled()
             except Exception as error:
                 self.card_failure = jit.card_failure()
-                final = Failed(
-                    _card_failed(f"{error}\n{self.card_failure}") if self.card_failure else _problem_of(error)
-                )
+                lost = self.card_failure
+                final = Failed(_card_failed(f"{error}\n{lost}") if lost else _problem_of(error), bool(lost))
         self._cancelled.discard(job)
         if not isinstance(final, Finished):
             gc.collect()  # what the stopped work held goes back before the next one is planned

@@ -8,6 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -182,11 +183,24 @@ def test_a_child_that_dies_when_all_was_done_but_to_say_so_fails_nothing(
     running.host.arriving.put("Exit code -9.")
     running.wait(lambda: running.restarts)
     assert [event for _, event in running.heard] == [done, Finished()]
+    assert not running.thread.held
     again = running.thread.submit(PrepareRequest("mini"))
     running.wait(lambda: again in [one for one, _ in running.host.submitted])
     running.host.arriving.put("Exit code -9.")
     running.wait(lambda: running.finals(again))
     assert isinstance(running.finals(again)[0], Failed), "what was done is forgotten with its job"
+
+
+def test_a_child_that_says_it_ends_gets_nothing_more_and_the_next_one_does(running: Running) -> None:
+    broken, look = running.thread.submit(PrepareRequest("mini")), running.thread.submit(InspectRequest("file"))
+    running.wait(lambda: running.host.submitted)
+    ended = replace(MEMORY, ends_engine=True)
+    running.say(broken, ended)
+    running.wait(lambda: running.finals(broken) == [ended])
+    assert look not in [job for job, _ in running.host.submitted]
+    running.host.arriving.put("Exit code 4.")
+    running.wait(lambda: look in [job for job, _ in running.host.submitted])
+    assert running.finals(look) == []
 
 
 def test_nothing_on_the_gui_thread_comes_between_a_job_that_died_and_the_restart(running: Running) -> None:

@@ -152,6 +152,7 @@ def test_a_child_that_lost_its_card_says_what_happened_and_then_ends(monkeypatch
     host.submit(51, InspectRequest(str(tmp_path / "missing.safetensors")))
     failed = finals(events_until(host, {51}))[51]
     assert isinstance(failed, Failed)
+    assert failed.ends_engine
     assert "The graphics card could not do its work" in failed.problem.what
     with pytest.raises(EngineStopped, match="Exit code 4"):
         events_until(host, {52})
