@@ -1,4 +1,4 @@
-// wgmma: the matrix instruction of a warpgroup (sm_90a), e4m3 x e4m3 into fp32.
+// wgmma: the matrix instruction of a warpgroup (sm_90a), e4m3 x e4m3 and h x h into fp32; stmatrix.
 //
 // D (64, 128) = A (64, 32) B^T, B (128, 32). Warp w of the four has rows 16 w of A and D; lane = 4 * g + q:
 //   D  d[j][0..1] row g, columns 8 j + 2 q, + 1;  d[j][2..3] row g + 8
@@ -48,7 +48,7 @@ __device__ __forceinline__ void wgmma_e4m3(float (&d)[16][4], const u32 (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD ? 1 : 0));
 }
 
-// d += A B^T, 16 numbers of h along k: a0 row g, k 2q..2q+1; a1 row g + 8; a2, a3 the same at k + 8
+// d (+)= A B^T, 16 numbers of h along k: a0 row g, k 2q..2q+1; a1 row g + 8; a2, a3 the same at k + 8
 template <bool ADD>
 __device__ __forceinline__ void wgmma_h(float (&d)[16][4], const u32 (&a)[4], u64 b) {
   asm volatile(

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
-import torch
 
 from engine import folders
 from engine.checkpoints.bundle import Bundle, read_bundle
@@ -22,6 +21,7 @@ from engine.events import Finished, ImageDone
 from engine.requests import BUILT_IN_MODEL, ImageRequest, LoraChoice
 from engine.session import Engine
 from tests.measure.mini_on_a_card import PROMPTS, loaded, teacher_forced
+from tests.tolerances import CODES_AT_TIES, RELATIVE
 
 pytestmark = pytest.mark.gpu
 PLANS = ("w4a4", "w4a8", "w4a16")
@@ -64,12 +64,13 @@ def test_a_picture_is_one_hash_also_with_loras_at_strength_0(engine, bundle, pla
 @pytest.mark.parametrize("plan", PLANS)
 def test_each_kernel_and_each_step_is_the_references(bundle, plan):
     """Teacher forcing. A step may be off by what moving its input by one unit of h does, half as much again."""
-    torch.set_grad_enabled(False)
     model = loaded(bundle, choose_device("cuda"), plan)
     forced = teacher_forced(bundle, model, plan, PROMPTS[0], steps=3)
     for kind, agreement in forced.kernels.items():
         assert agreement.codes <= 0.01, (kind, agreement)
-        assert agreement.steps <= 1, (kind, agreement)
+        assert agreement.steps <= CODES_AT_TIES, (kind, agreement)
+        assert agreement.values <= RELATIVE[model.dtype], (kind, agreement)
+        assert agreement.low <= RELATIVE[model.dtype], (kind, agreement)  # of inputs that were rounded to h
     assert all(error < 1.5 * moved for error, moved in zip(forced.errors, forced.moved, strict=True)), forced
 
 
