@@ -176,7 +176,7 @@ def compare_pictures(pixels: Mapping[str, list[np.ndarray]]) -> None:
     print()
     ahead, control = found["w4a4"] - wide["w4a4"], moved - wide["w4a4"]
     nearer = wide["w4a8"] - wide["w4a4"]
-    for promise, kept in (
+    for wanted, reached in (
         (
             f"w4a4, card - processor is 4 dB above w4a4 - 16 bit: {ahead:.1f} dB (noise moved: {control:.1f})",
             ahead >= 4,
@@ -184,7 +184,7 @@ def compare_pictures(pixels: Mapping[str, list[np.ndarray]]) -> None:
         (f"w4a8, card - processor is at least 38 dB: {found['w4a8']:.1f} dB", found["w4a8"] >= 38),
         (f"w4a8 is nearer to 16 bit than w4a4: by {nearer:.1f} dB", nearer > 0),
     ):
-        print(f"- {'kept' if kept else 'NOT KEPT'}: {promise}")
+        print(f"- {'reached' if reached else 'NOT REACHED'}: {wanted}")
 
 
 def moved_noise(bundle: Bundle, model: LoadedModel, picture: Picture) -> np.ndarray:
