@@ -69,6 +69,20 @@ class ArrangedTarget(ActTarget):
 
     factors: Tensor | None = None  # (R/16, K/32, 2, 32, 8) h: A fragments of mma, 16 bytes a lane
 
+    def __post_init__(self) -> None:
+        ActTarget.__post_init__(self)
+        device = self.smooth_factor.device
+        for name in ("smooth_factor", "inverse_smooth", "factors"):
+            tensor: Tensor | None = getattr(self, name)
+            if tensor is None:
+                raise ValueError(f"ArrangedTarget: {name} is missing: arrange_target makes it")
+            if tensor.device != device or not tensor.is_contiguous() or tensor.data_ptr() % 16:
+                raise ValueError(
+                    f"ArrangedTarget: {name} must start at a multiple of 16 bytes, contiguous on {device}, got "
+                    f"{tuple(tensor.shape)} with strides {tensor.stride()}, {tensor.data_ptr() % 16} bytes off, "
+                    f"on {tensor.device}"
+                )
+
 
 @dataclass(frozen=True, slots=True)
 class Launch:
@@ -151,11 +165,11 @@ def _check(operation: str, x: Tensor, modulation: tuple[Tensor, ...], target: Ac
             raise ValueError(
                 f"{operation}: shift and scale must be ({k},) {x.dtype}, got {tuple(tensor.shape)} {tensor.dtype}"
             )
-    if not isinstance(target, ArrangedTarget) or target.inverse_smooth is None or target.factors is None:
+    if not isinstance(target, ArrangedTarget) or target.factors is None:
         raise ValueError(
             f"{operation}: the target of {k} channels and rank {target.rank} was not arranged: arrange_target"
         )
-    for tensor in (x, *modulation, target.inverse_smooth, target.factors):
+    for tensor in (x, *modulation, target.factors):
         if tensor.get_device() != x.get_device() or not tensor.is_contiguous():
             raise ValueError(
                 f"{operation}: all must be contiguous on {x.device}, got {tuple(tensor.shape)} "

@@ -73,16 +73,20 @@ class ArrangedLinear:
 
     def __post_init__(self) -> None:
         device = (self.rank_scales if self.qweight is None else self.qweight).device
-        for name, vector, size in (
-            ("rank_scales", self.rank_scales, self.rank // RANK_SLICE),
-            ("bias", self.bias, self.out_features),
+        for name, vector, size, aligned in (
+            ("rank_scales", self.rank_scales, self.rank // RANK_SLICE, 4),
+            ("bias", self.bias, self.out_features, 16),
         ):
             if vector is not None and (
-                vector.shape != (size,) or vector.dtype != torch.float32 or vector.device != device
+                vector.shape != (size,)
+                or vector.dtype != torch.float32
+                or vector.device != device
+                or vector.data_ptr() % aligned
             ):
                 raise ValueError(
                     f"svdq_linear: N {self.out_features} and rank {self.rank} take {name} ({size},) fp32 on "
-                    f"{device}, got {tuple(vector.shape)} {vector.dtype} on {vector.device}"
+                    f"{device} from a multiple of {aligned} bytes, got {tuple(vector.shape)} {vector.dtype} on "
+                    f"{vector.device}, {vector.data_ptr() % aligned} bytes off"
                 )
 
     @property
@@ -157,11 +161,6 @@ def with_branches(linear: ArrangedLinear, proj_up: Tensor, rank_scales: Tensor) 
         raise ValueError(
             f"svdq_linear: branches of {linear.out_features} rows and rank {linear.rank} must be (N, R), "
             f"R a multiple of {RANK_SLICE}, {MAX_RANK} in all; got {tuple(proj_up.shape)}"
-        )
-    if tuple(rank_scales.shape) != (rank // RANK_SLICE,) or rank_scales.dtype != torch.float32:
-        raise ValueError(
-            f"svdq_linear: rank {rank} takes ({rank // RANK_SLICE},) scales of fp32, "
-            f"got {tuple(rank_scales.shape)} {rank_scales.dtype}"
         )
     linear = replace(linear, rank=rank, rank_scales=rank_scales)
     if linear.weights is not None:

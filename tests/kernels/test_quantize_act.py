@@ -330,6 +330,18 @@ def test_zeros_huge_numbers_and_lonely_outliers(format: ActFormat, dtype: torch.
         assert not dequantize(act)[0].any()
 
 
+@pytest.mark.parametrize("name", ["smooth_factor", "inverse_smooth", "factors"])
+def test_a_target_that_no_kernel_can_read_is_refused(name: str) -> None:
+    target = random_target("int4", 128, 16, torch.bfloat16, "cpu")
+    whole = getattr(target, name)
+    off = torch.cat([whole.flatten()[:1], whole.flatten()])[1:].view(whole.shape)
+    with pytest.raises(ValueError, match=rf"{name} must start at a multiple of 16 bytes.*[24] bytes off"):
+        replace(target, **{name: off})
+    if name != "smooth_factor":
+        with pytest.raises(ValueError, match=f"{name} is missing"):
+            replace(target, **{name: None})
+
+
 @pytest.mark.gpu
 def test_wrong_calls_are_refused_before_anything_is_launched() -> None:
     target = random_target("int4", 128, 16, torch.bfloat16, "cuda")
