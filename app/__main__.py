@@ -7,6 +7,7 @@ process that imports this module by accident must not get a window.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
     from app.engine_thread import EngineThread
     from app.main_window import MainWindow
+
+NO_DISPLAY = (
+    "There is no display here, so no window can open. Pictures are made without one by .venv/bin/tonfa generate."
+)
 
 
 class Program:
@@ -113,7 +118,16 @@ class Program:
         self.engine.close()
 
 
+def has_display() -> bool:
+    """Whether Qt can open a window. On Linux a display server says where it is; without one Qt ends the process."""
+    names = ("DISPLAY", "WAYLAND_DISPLAY", "QT_QPA_PLATFORM")
+    return sys.platform != "linux" or any(os.environ.get(name) for name in names)
+
+
 def main() -> int:
+    if not has_display():
+        print(NO_DISPLAY, file=sys.stderr)
+        return 3
     from PySide6.QtWidgets import QApplication
 
     from app.single_instance import SingleInstance

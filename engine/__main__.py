@@ -351,7 +351,7 @@ def _tell(event: Event, progress: _Progress) -> None:
             progress.say(f"Picture {image} of {images}", f", seed {seed}")
         case StepDone(image, images, step, steps, elapsed):
             progress.say(f"Picture {image} of {images}", f", step {step} of {steps}, {elapsed:.1f} s")
-        case ImageDone(file=file, seconds=seconds):
+        case ImageDone(file=file, seconds=seconds) if file:  # without one it could not be saved, which is told next
             progress.line(f"{file} in {seconds:.1f} s")
         case QuantizeProgress(what, done, total, left):
             progress.say(what, f" {done} of {total}, about {left:.0f} s left")

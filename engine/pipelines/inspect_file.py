@@ -229,7 +229,7 @@ def _other(file: SafetensorsFile) -> _Report:
     return _Report(
         str(file.path),
         kind,
-        precision=_float_name(file),
+        precision="int4" if usable and any(key.endswith(".qweight") for key in keys) else _float_name(file),
         layers=sum(1 for key in keys if key.endswith((".weight", ".qweight"))),
         usable=usable,
         reason=reason,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from app.__main__ import tell_bugs
+from app.__main__ import NO_DISPLAY, main, tell_bugs
 from app.state.generation import GenerationState
 
 HEAVY = {"torch", "transformers", "diffusers", "tokenizers", "safetensors", "huggingface_hub", "PIL", "cuda"}
@@ -87,3 +87,13 @@ def test_a_bug_is_logged_and_told_in_generic_words(
     assert "one thing too few" in generation.trouble.problem.detail
     assert "one thing too few" in (tmp_path / "logs" / "window.log").read_text("utf-8")
     assert "one thing too few" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have a display")
+def test_without_a_display_there_is_a_sentence_and_no_crash(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "QT_QPA_PLATFORM"):
+        monkeypatch.delenv(name, raising=False)
+    assert main() == 3
+    assert capsys.readouterr().err.strip() == NO_DISPLAY

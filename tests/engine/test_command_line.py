@@ -356,6 +356,8 @@ def test_inspect_tells_what_each_file_is(tonfa, models, tmp_path):
     for file, kind in (("t5", "text_encoder"), ("clip", "text_encoder"), ("vae", "vae")):
         found = tonfa("inspect", models / "tiny" / f"{file}.safetensors")[1]
         assert (found["kind"], found["usable"]) == (kind, True)
+    t5 = tonfa("inspect", repository() / "assets" / "tonfa-mini" / "t5.safetensors")[1]
+    assert (t5["kind"], t5["precision"]) == ("text_encoder", "int4")
 
 
 @pytest.mark.parametrize("wrong", ["shape", "type", "bias"])
