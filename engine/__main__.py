@@ -39,13 +39,14 @@ from engine.events import (
     StepDone,
 )
 from engine.folders import (
+    assets,
     cache,
     check_regular,
     discard_unfinished,
     list_models,
+    models_folders,
     named_path,
     pictures,
-    user_models,
 )
 from engine.problems import EXIT_CODE, Problem, ProblemError, bad_file, bad_request, internal_error
 from engine.requests import (
@@ -431,7 +432,8 @@ def _human_doctor(result: Mapping[str, Any]) -> Iterator[str]:
         runs = ", ".join(f"{count} by {plan}" for plan, count in model["plans"].items())
         yield f"Layers       {model['name']}: {runs}"
     yield f"Pictures     {pictures()}"
-    yield f"Your models  {user_models()}"
+    for index, folder in enumerate(folder for folder in models_folders() if folder != assets()):
+        yield f"{'' if index else 'Your models':<13}{folder}"
     yield f"Caches       {cache()}"
     for one in result["problems"]:
         yield f"- {one['what']} {one['todo']}"

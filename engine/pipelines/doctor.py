@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.checkpoints.bundle import read_bundle
 from engine.device import OLDEST_ARCH, best_plan, cuda_problem
-from engine.folders import ModelCard, list_models
+from engine.folders import ModelCard, list_models, models_folders, user_models
 from engine.monitor import Monitor, cpu_name, cpu_threads
 from engine.pipelines.foresight import read_transformer
 from engine.pipelines.inspect_file import plans_here
@@ -45,6 +45,9 @@ def look_at_machine() -> dict[str, Any]:
     elif wrong := cuda_problem(sample.gpus):
         problems.append(_problem(f"{wrong} Pictures are made on the processor.", _mend(wrong)))
     models = []
+    for folder in models_folders():
+        if not folder.is_dir() and folder != user_models().absolute():  # the user's own is made when it is needed
+            problems.append(_problem(f"There is no models folder {folder}.", "Check the name in TONFA_MODELS."))
     for model in list_models():
         told = None if model.problem else _layers_of(model)
         if told is not None:

@@ -523,6 +523,14 @@ def test_doctor_for_people_names_the_machine_the_models_and_the_folders(capsys, 
         assert words in told
 
 
+def test_doctor_names_every_models_folder_and_one_that_is_not_there(tonfa, capsys, models, monkeypatch):
+    assert main(["doctor"]) == 0
+    assert str(models) in capsys.readouterr().out
+    monkeypatch.setenv("TONFA_MODELS", "/nowhere/models")
+    told = [one for one in tonfa("doctor")[1]["problems"] if "/nowhere/models" in one["what"]]
+    assert [one["todo"] for one in told] == ["Check the name in TONFA_MODELS."]
+
+
 def test_doctor_tells_the_plans_of_a_card(tonfa, monkeypatch):
     from engine.monitor import GpuSample
     from engine.pipelines import doctor
