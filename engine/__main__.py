@@ -392,8 +392,7 @@ def _human_inspect(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"Layers       {result['layers']}{f'; {ranks}' if ranks else ''}"
     yield f"Usable       {'yes' if result['usable'] else 'no'}{': ' if result['reason'] else ''}{result['reason']}"
     for plan, count in result["plans"].items():
-        layers = [name for name, runs in result["plan_of_layer"].items() if runs == plan]
-        yield f"Runs {plan:<8}{count}: {', '.join(_grouped(layers, result['plan_of_layer']))}"
+        yield f"Runs {plan:<8}{count}: {', '.join(_layers_by(plan, result['plan_of_layer']))}"
     if result["keys_used"]:
         yield f"Tensors used {result['keys_used']}"
     reasons: dict[str, list[str]] = {}
@@ -404,14 +403,14 @@ def _human_inspect(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"Not used     {', '.join(keys[:MOST_KEYS_SHOWN])}{more}: {why}"
 
 
-def _grouped(layers: Sequence[str], plans: Mapping[str, str]) -> list[str]:
-    """Names of layers, one with * for all blocks that agree."""
+def _layers_by(plan: str, plans: Mapping[str, str]) -> list[str]:
+    """Names of the layers that run by a plan, one with * for all blocks that agree."""
     groups: dict[str, list[str]] = {}
     for name in plans:
         groups.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
     shown = []
     for pattern, names in groups.items():
-        here = [name for name in names if name in layers]
+        here = [name for name in names if plans[name] == plan]
         shown += [pattern] if len(here) == len(names) else here
     return shown
 

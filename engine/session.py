@@ -97,7 +97,6 @@ class Engine:
         self._model: LoadedModel | None = None
         self._model_key: tuple[object, ...] = ()
         self._cancelled: set[int] = set()
-        self.card_failure = ""  # what a kernel did, if this process can use no card any more
 
     # ------------------------------------------------------------------------------------------------ the door
 
@@ -113,8 +112,7 @@ class Engine:
             except _Stopped:
                 final = Cancelled()
             except Exception as error:
-                self.card_failure = jit.card_failure()
-                lost = self.card_failure
+                lost = jit.card_failure()  # then this process can use no card any more
                 final = Failed(_card_failed(f"{error}\n{lost}") if lost else _problem_of(error), bool(lost))
         self._cancelled.discard(job)
         if not isinstance(final, Finished):
@@ -551,12 +549,11 @@ def _problem_of(error: Exception) -> Problem:
 
 
 def _card_failed(detail: str) -> Problem:
-    return Problem(
-        ProblemKind.MACHINE,
-        what="The graphics card could not do its work.",
-        todo="Try again; if it happens again, update NVIDIA's driver or choose the device cpu.",
-        detail=detail,
-    )
+    return machine_cannot(
+        "The graphics card could not do its work.",
+        "Try again; if it happens again, update NVIDIA's driver or choose the device cpu.",
+        detail,
+    ).problem
 
 
 def _out_of_memory(detail: str) -> Problem:
